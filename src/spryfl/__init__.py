@@ -1,1 +1,33 @@
-"""Finetune language models across clients whose data stays private and whose memory is small."""
+"""Finetune language models across clients whose data stays private and whose memory is small.
+
+    spryfl.finetune(...)      a model and a data set in, a history out
+    spryfl.Experiment         all that decides a run, TOML in and out
+    spryfl.Method             a federated method as a record of choices; spryfl.methods has the named ones
+    spryfl.jvp.jvp            the forward-mode engine alone
+
+Importing this costs nothing: what needs torch or transformers is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spryfl.api import finetune
+    from spryfl.config import Experiment
+    from spryfl.methods import Method
+
+__version__ = "0.1.0"
+__all__ = ["Experiment", "Method", "finetune"]
+
+_HOME = {"finetune": "api", "Experiment": "config", "Method": "methods"}
+_MODULES = ("assign", "estimators", "jvp", "methods", "noise", "optimizers")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"spryfl.{_HOME[name]}"), name)
+    if name in _MODULES:
+        return importlib.import_module(f"spryfl.{name}")
+    raise AttributeError(f"module 'spryfl' has no attribute {name!r}")

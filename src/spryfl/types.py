@@ -9,7 +9,16 @@ from torch import Tensor
 
 Params = Mapping[str, Tensor]  # trainable values by name, float32; the backbone is frozen and apart
 Batch = Mapping[str, Tensor]  # inputs by the model's argument names, "labels" among them
-Features = tuple[Tensor, ...]  # what the frozen trunk hands to the head, in the order the model computes it
+Features = tuple[Tensor, ...]  # what the frozen trunk hands to the head
+
+
+class Examples(NamedTuple):
+    """Labelled texts: columns of equal length."""
+
+    text: tuple[str, ...]
+    pair: tuple[str, ...] | None  # a second text each
+    label: tuple[int, ...]  # 0 .. classes - 1
+    group: tuple[str, ...] | None  # where each is from: a module, a user, a site
 
 
 class Unit(NamedTuple):
@@ -50,21 +59,71 @@ class Estimate(NamedTuple):
     passes: Passes = Passes()
 
 
+class Cut(NamedTuple):
+    """A loss cut between the frozen trunk and the head: `head(params, trunk(params))` is the loss."""
+
+    trunk: Callable[[Params], Features]
+    head: Callable[[Params, Features], Tensor]
+
+
 class LossFn(Protocol):
     """A client's loss as a function of its trainable values, and what of the model's inside an estimator may ask for.
 
-    `seed` chooses the dropout mask; `None` is evaluation mode. Both calls of one seed share the mask.
+    `seed` chooses the dropout masks, `None` is evaluation mode; two calls with one seed share their masks.
     """
 
-    head: frozenset[str]  # names of the head's values
+    @property
+    def head(self) -> frozenset[str]:
+        """Names of the head's values."""
+        ...
 
-    def __call__(self, params: Params, batch: Batch, seed: int | None = None) -> Tensor: ...
+    def __call__(self, params: Params, batch: Batch, seed: int | None = None) -> Tensor:
+        """The loss of one batch, a float32 scalar."""
+        ...
 
-    def features(self, params: Params, batch: Batch, seed: int | None = None) -> Features: ...
+    def cut(self, batch: Batch, seed: int | None = None) -> Cut:
+        """The same loss in two parts, cut before the head."""
+        ...
 
-    def head_loss(self, params: Params, features: Features, batch: Batch, seed: int | None = None) -> Tensor: ...
-
-    def checkpointed(self, params: Params, batch: Batch, seed: int | None = None) -> Tensor: ...
+    def checkpointed(self, params: Params, batch: Batch, seed: int | None = None) -> Tensor:
+        """The same loss, each block's activations recomputed on the way back."""
+        ...
 
 
 Estimator = Callable[[LossFn, Params, Batch, int], Estimate]
+
+
+class Instruction(NamedTuple):
+    """What the server tells one client in one round."""
+
+    round: int  # 1 is the first
+    client: int
+    seed: int
+    names: tuple[str, ...]  # the values that this client may move
+    params: Params  # current values: those of `names` and the others that its forward pass needs
+    lr_scale: float = 1.0  # the schedule's factor on the local learning rate
+    evaluate: bool = False  # score the client's held-out part before and after
+
+
+class Update(NamedTuple):
+    """What one client answers: its values, and what they cost."""
+
+    round: int
+    client: int
+    params: Params  # new values of the instruction's names
+    examples: int  # distinct training examples used; the weight in the mean
+    loss: float  # mean over the local batches
+    passes: Passes
+    peak_bytes: int  # most memory that a step held above the model; 0 = not measured
+    seconds: float
+    held_out: int = 0  # examples scored; 0 = not asked
+    correct_before: int = 0
+    correct_after: int = 0
+
+
+class ServerState(NamedTuple):
+    """All that a run needs to go on: `finish` turns one into the next."""
+
+    round: int  # rounds done
+    params: Params
+    optimizer: Mapping[str, Params]  # by slot (m, v, t), then by name

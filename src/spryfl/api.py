@@ -1,0 +1,118 @@
+"""`finetune`, for Python: a Hugging Face model and a data set, or an Experiment, in; a history out. Costs what its rounds cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from spryfl import data as source
+from spryfl import job, models, noise
+from spryfl.adapters import ADAPTERS
+from spryfl.config import Experiment, parse
+from spryfl.job import History, Job
+from spryfl.methods import Method
+
+
+def finetune(
+    model: Experiment | nn.Module | str | None = None,
+    data: Any = None,
+    *,
+    tokenizer: Any = None,
+    method: Method | str | dict[str, Any] | None = None,
+    folder: str | Path | None = None,
+    on_record: Callable[[dict[str, Any]], None] | None = None,
+    **settings: Any,
+) -> History:
+    """Finetunes a language model across simulated clients.
+
+    Args:
+        model: an Experiment (then nothing else of it may be given); a Hugging Face sequence classifier, which gets an
+            adapter put on it in place; a folder, hub name or alias; nothing for the default.
+        data: a `datasets.Dataset`, a `DatasetDict` with train and test, a pair (train, test), or a name as `--data`.
+        tokenizer: the tokenizer of `model` where that is a module.
+        method: a row's name, a `Method`, or changes as in TOML.
+        folder: a new run folder; nothing is written without it.
+        on_record: called with each round's record.
+        settings: sections of an Experiment, for example train={"rounds": 10}, adapter={"kind": "lora", "r": 2}.
+
+    Returns:
+        The records, the final values, and the model that carries them (a PEFT model, in evaluation mode).
+
+    Raises:
+        ValueError: a setting that cannot be, before anything is downloaded.
+
+    Example:
+        history = spryfl.finetune("minilm", "reviews.csv", method=spryfl.methods.spry(directions=8), seed=1)
+        history.model.module.save_pretrained("adapter")
+    """
+    if isinstance(model, Experiment):
+        if data is not None or method is not None or settings:
+            raise ValueError("finetune(experiment) takes no data, method or sections beside it; change the Experiment.")
+        made = _job(model, None, None, None)
+    else:
+        made = _from_parts(model, data, tokenizer, method, settings)
+    return _history(made, Path(folder) if folder else None, on_record or (lambda record: None))
+
+
+def _from_parts(model: Any, data: Any, tokenizer: Any, method: Any, settings: dict[str, Any]) -> Job:
+    given = dict(settings)
+    if method is not None:
+        given["method"] = method
+    if isinstance(data, str | Path):
+        given["data"] = {"name": str(data), **given.get("data", {})}
+    elif data is not None:
+        given["data"] = {"name": type(data).__name__, **given.get("data", {})}
+    if isinstance(model, str | Path):
+        given["model"] = {"name": str(model), **given.get("model", {})}
+    module = model if isinstance(model, nn.Module) else None
+    if (module is None) != (tokenizer is None):
+        raise ValueError("a model given as a module needs its tokenizer, and a tokenizer its module. Give both or a name.")
+    corpus = None if data is None or isinstance(data, str | Path) else _corpus(data, parse(given))
+    return _job(parse(given), corpus, module, tokenizer)
+
+
+def _corpus(data: Any, experiment: Experiment) -> source.Corpus:
+    d = experiment.data
+    train, test = data if isinstance(data, tuple) else (data, None)
+    columns = {"text": d.text, "pair": d.pair, "label": d.label, "group": d.group}
+    limits = {"test_share": d.test_share, "train_rows": d.train_rows, "test_rows": d.test_rows}
+    return source.from_datasets(train, test, **columns, **limits, seed=experiment.seed)
+
+
+def _job(experiment: Experiment, corpus: source.Corpus | None, module: nn.Module | None, tokenizer: Any) -> Job:
+    if experiment.threads:
+        torch.set_num_threads(experiment.threads)
+    corpus = corpus or job.read(experiment)
+    if module is None:
+        return job.prepare(experiment, corpus, job.load_model(experiment, corpus.labels))
+    if module.config.num_labels != len(corpus.labels):
+        raise ValueError(
+            f"the model has {module.config.num_labels} labels and the data {len(corpus.labels)}: {', '.join(corpus.labels)}. "
+            f"Load the model with num_labels={len(corpus.labels)}."
+        )
+    options = dict(experiment.adapter)
+    model = models.prepare(
+        models.settled(module, tokenizer),
+        tokenizer,
+        corpus.labels,
+        ADAPTERS[options.pop("kind")](**options),
+        source=module.config.name_or_path,
+        seed=noise.child_seed(experiment.seed, "model"),
+        device=experiment.device,
+    )
+    return job.prepare(experiment, corpus, model)
+
+
+def _history(made: Job, folder: Path | None, on_record: Callable[[dict[str, Any]], None]) -> History:
+    opened, state, progress = job.begin(made, folder)
+    records, final = [], state
+    for record, final in job.run(made, opened, state, progress):
+        records.append(record)
+        on_record(record)
+    if not made.plan.method.alone:
+        models.carry(made.model, final.params)
+    return History(records, final.params, made.model, folder)

@@ -1,0 +1,285 @@
+"""An experiment as one frozen record: TOML in and out, defaults filled in, every cross-check made before any download.
+
+The options of a choice (`[method.estimator]`, `[adapter]`, `[partition.split]`, ...) are the arguments of its builder, so
+a new builder needs nothing here. An unknown key and a setting without effect are errors. Costs nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
+
+from spryfl import methods
+from spryfl.adapters import ADAPTERS
+from spryfl.methods import METHODS, REGISTRIES, Method
+from spryfl.partition import PARTITIONS
+
+SCHEMA = 1
+_STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+# Without a method of one's own, the default experiment: Spry with the choices that suit five minutes on a laptop.
+_DEFAULT_METHOD: dict[str, Any] = {"name": "spry", "head": "exact", "estimator": {"directions": 4}}
+
+
+class ModelSection(BaseModel):
+    """The language model."""
+
+    model_config = _STRICT
+    name: str = "minilm"  # a local folder, a hub name, or the alias minilm
+    revision: str = ""  # of a hub name
+    attention: Literal["default", "eager", "sdpa"] = "default"
+    trust_remote_code: bool = False
+    adapter: str = ""  # folder of a saved adapter to start from
+
+
+class DataSection(BaseModel):
+    """Where the examples come from; empty column names are guessed, and the guess is said."""
+
+    model_config = _STRICT
+    name: str = "docstrings"  # a file, a folder with train and test files, a hub name, or docstrings
+    text: str = ""
+    pair: str = ""
+    label: str = ""
+    group: str = ""
+    test: str = ""  # another file with the test rows
+    test_share: float = Field(0.2, gt=0, lt=1)
+    train_rows: int = Field(0, ge=0)  # 0 = all
+    test_rows: int = Field(0, ge=0)
+    max_length: int = Field(128, ge=4)  # tokens
+    revision: str = ""
+
+
+class PartitionSection(BaseModel):
+    """How the training rows fall to the clients."""
+
+    model_config = _STRICT
+    clients: int = Field(40, ge=1)
+    held_out: float = Field(0.1, ge=0, lt=1)  # share of each client's rows kept for its own accuracy
+    split: dict[str, Any] = {}
+
+
+class TrainSection(BaseModel):
+    """The rounds."""
+
+    model_config = _STRICT
+    rounds: int = Field(24, ge=1)
+    cohort: int = Field(8, ge=1)  # clients a round
+    batch_size: int = Field(8, ge=1)
+    epochs: int = Field(1, ge=0)  # local passes over a client's rows; 0 with steps
+    steps: int = Field(0, ge=0)  # local batches instead of epochs
+    eval_every: int = Field(6, ge=1)  # rounds
+    patience: int = Field(0, ge=0)  # stop after so many evaluations without a better one; 0 = never
+    drop_clients: float = Field(0.0, ge=0, lt=1)  # simulated share of clients that do not answer
+    dropout: bool = False  # the model's own dropout layers while training
+
+
+class Experiment(BaseModel):
+    """All that decides a run: `Experiment()` is the default one, `Experiment.load(path)` reads TOML.
+
+    >>> Experiment(train={"rounds": 3}).train.rounds
+    3
+    """
+
+    model_config = _STRICT
+    schema_: int = Field(SCHEMA, alias="schema")
+    name: str = ""
+    seed: int = Field(0, ge=0)
+    device: str = "cpu"
+    threads: int = Field(0, ge=0)  # 0 = PyTorch's choice
+    model: ModelSection = ModelSection()
+    data: DataSection = DataSection()
+    partition: PartitionSection = PartitionSection()
+    adapter: dict[str, Any] = {"kind": "lora"}
+    method: Method = Field(default_factory=lambda: _method(_DEFAULT_METHOD))
+    train: TrainSection = TrainSection()
+
+    @field_validator("schema_")
+    @classmethod
+    def _known_schema(cls, value: int) -> int:
+        if value != SCHEMA:
+            raise ValueError(f"schema = {value}; this version reads schema {SCHEMA}. Use the version that wrote it.")
+        return value
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _full_method(cls, value: Any) -> Method:
+        if isinstance(value, str):
+            value = {"name": value}
+        if isinstance(value, Method):
+            return value
+        return _method(value if "name" in value else merge(_DEFAULT_METHOD, value))
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        adapter = {} if self.model.adapter else resolve("adapter", ADAPTERS, self.adapter)
+        if self.model.adapter and "adapter" in self.model_fields_set and self.adapter:
+            raise ValueError(
+                f'[adapter] has no effect with model.adapter = "{self.model.adapter}" (it is loaded as it is). Remove one.'
+            )
+        kind = {"kind": "natural" if self.data.name == "docstrings" or self.data.group else "dirichlet"}
+        if kind["kind"] == "dirichlet":
+            kind["alpha"] = 1.0  # type: ignore[assignment]
+        split = resolve("partition.split", PARTITIONS, self.partition.split or kind)
+        _consistent(self)
+        name = self.name or f"{self.method.name}-{Path(self.data.name).stem}"
+        # The record is frozen for its users; here it is still being made.
+        object.__setattr__(self, "adapter", adapter)
+        object.__setattr__(self, "partition", self.partition.model_copy(update={"split": split}))
+        object.__setattr__(self, "name", name.replace("/", "-"))
+        methods.build(self.method)
+        return self
+
+    @classmethod
+    def load(cls, path: str | Path | None = None, changes: Mapping[str, Any] | None = None) -> Experiment:
+        """Reads a TOML file (or nothing) and changes given as a nested mapping; one ValueError says all that is wrong."""
+        return parse(merge(_read(path) if path else {}, changes or {}))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything resolved, as plain values."""
+        out = self.model_dump(by_alias=True, exclude={"method"})
+        plain = asdict(self.method)
+        out["method"] = {key: value for key, value in plain.items() if key not in ("summary", "paper")}
+        return out
+
+    def toml(self) -> str:
+        """The resolved experiment; `spryfl run --config` runs it again as it is."""
+        return tomli_w.dumps({key: value for key, value in self.as_dict().items() if value != {}})
+
+
+def parse(given: Mapping[str, Any]) -> Experiment:
+    """An experiment from nested plain values; every mistake in one ValueError, in the house's tone."""
+    try:
+        return Experiment(**given)
+    except ValidationError as error:
+        raise ValueError("\n".join(dict.fromkeys(_told(one, Experiment) for one in error.errors()))) from None
+
+
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings, `changes` over `base`. Another kind or method name starts anew: options of the old one go."""
+    out = dict(base)
+    for key, value in changes.items():
+        old = out.get(key)
+        fits = isinstance(old, Mapping) and isinstance(value, Mapping)
+        renamed = fits and any(k in value and k in old and value[k] != old[k] for k in ("kind", "name") if key != "data")
+        out[key] = merge(old, value) if fits and not renamed else value  # type: ignore[arg-type]
+    return out
+
+
+def assignment(text: str) -> dict[str, Any]:
+    """`a.b=c` as {"a": {"b": c}}; c is TOML, or a text as it stands."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ValueError(f'--set "{text}" is not of the form a.b=c, for example --set train.rounds=10.')
+    try:
+        parsed = tomllib.loads(f"x = {value}")["x"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()
+    for part in reversed(key.strip().split(".")):
+        parsed = {part: parsed}
+    return parsed
+
+
+def resolve(what: str, registry: Mapping[str, Callable[..., Any]], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A choice with all its options filled in and checked against its builder's signature and the builder itself."""
+    kind = given.get("kind")
+    if callable(kind):
+        return dict(given)
+    if kind not in registry:
+        shown = "is missing" if kind is None else f'= "{kind}" is unknown{_nearest(str(kind), registry)}'
+        raise ValueError(f"{what}.kind {shown}. Possible: {', '.join(registry)}.")
+    checked = _checked(what, kind, registry[kind], {k: v for k, v in given.items() if k != "kind"})
+    return {"kind": kind, **checked}
+
+
+def _checked(what: str, kind: str, builder: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
+    signature = inspect.signature(builder, eval_str=True)
+    # The head policy is one setting for all estimators, method.head; it sets this argument.
+    arguments = {n: p for n, p in signature.parameters.items() if n != "exact_head"}
+    fields: dict[str, Any] = {n: (p.annotation, p.default) for n, p in arguments.items()}
+    schema = create_model(kind, __config__=_STRICT, **fields)
+    try:
+        values = schema(**options).model_dump()
+    except ValidationError as error:
+        raise ValueError("\n".join(_told(one, schema, f"{what} ({kind})") for one in error.errors())) from None
+    builder(**values)
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+def _method(given: Mapping[str, Any]) -> Method:
+    """A row of the table with changes; a choice keeps the row's options unless it is given another kind."""
+    given = dict(given)
+    name = given.pop("name")
+    if name not in METHODS:
+        raise ValueError(f'method "{name}" is unknown{_nearest(name, METHODS)}. Possible: {", ".join(METHODS)}.')
+    row = asdict(METHODS[name])
+    unknown = [key for key in given if key not in row or key in ("summary", "paper")]
+    if unknown:
+        keys = [key for key in row if key not in ("summary", "paper")]
+        raise ValueError(f'method.{unknown[0]} is unknown{_nearest(unknown[0], keys)}. Possible: {", ".join(keys)}.')
+    for what, registry in REGISTRIES.items():
+        own = given.pop(what, {})
+        own = {"kind": own} if isinstance(own, str) else own
+        same = own.get("kind", row[what]["kind"]) == row[what]["kind"]
+        row[what] = resolve(f"method.{what}", registry, {**row[what], **own} if same else own)
+    made = Method(**{**row, **given})
+    methods.build(made)
+    return made
+
+
+def _consistent(experiment: Experiment) -> None:
+    """What two settings together must not be."""
+    train, clients = experiment.train, experiment.partition.clients
+    if train.cohort > clients:
+        raise ValueError(f"train.cohort = {train.cohort} clients a round, but partition.clients = {clients}. Lower the cohort.")
+    if train.steps and "epochs" in train.model_fields_set and train.epochs != 0:
+        raise ValueError(f"train.epochs = {train.epochs} has no effect with train.steps = {train.steps}. Remove one.")
+    if not train.steps and not train.epochs:
+        raise ValueError("train.epochs = 0 and train.steps = 0: no local training. Set one of them.")
+    if train.steps and "epochs" not in train.model_fields_set:
+        object.__setattr__(train, "epochs", 0)
+    if experiment.method.assignment["kind"] == "nobody" and experiment.method.head == "split":
+        raise ValueError('method.head = "split" with assignment "nobody" leaves nothing to train. Use head = "shared".')
+    if experiment.data.test and "test_share" in experiment.data.model_fields_set:
+        raise ValueError("data.test_share has no effect with data.test (a file of test rows). Remove one.")
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"configuration {path} is not there. Give the path of a TOML file.") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"configuration {path} is not UTF-8 (byte {error.start}). Save it as UTF-8.") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"configuration {path} is not valid TOML: {error}.") from None
+
+
+def _told(error: Any, model: type[BaseModel], where: str = "") -> str:
+    """One pydantic error as: what was given, what is possible, what to do."""
+    path = [str(part) for part in error["loc"]]
+    place = ".".join(filter(None, [where, *path])) or "the experiment"
+    if error["type"] == "extra_forbidden":
+        keys = _keys(model, path[:-1])
+        return f"unknown key {place}{_nearest(path[-1], keys)}. Possible: {', '.join(keys)}."
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    return f"{place} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}."
+
+
+def _keys(model: type[BaseModel], path: Iterable[str]) -> list[str]:
+    for part in path:
+        inner = model.model_fields[part].annotation
+        model = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else model
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _nearest(given: str, possible: Iterable[str]) -> str:
+    match = difflib.get_close_matches(given, list(possible), n=1)
+    return f" (did you mean {match[0]}?)" if match else ""

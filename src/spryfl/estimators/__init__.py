@@ -1,0 +1,17 @@
+"""Ways to get a gradient. Each builder returns `estimate(loss_fn, params, batch, seed) -> Estimate`.
+
+An estimator sees a loss function, the values to move, one batch and a seed: no model, task, client, round or device.
+To add one, write a file beside these and name its builder here, or pass the builder itself to `Method`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from spryfl.estimators.backprop import backprop
+from spryfl.estimators.forward import forward
+from spryfl.types import Estimator
+
+ESTIMATORS: dict[str, Callable[..., Estimator]] = {"backprop": backprop, "forward": forward}
+
+__all__ = ["ESTIMATORS", "backprop", "forward"]

