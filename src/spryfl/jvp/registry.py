@@ -1,0 +1,86 @@
+"""The table of forward-mode rules: which functions of torch have one, and in what form a rule is written.
+
+A rule computes an operation's value once and hands back a `push`, the operation's derivative at that point:
+
+    rule(op, *args, **kwargs) -> (y, push)          push(*tangents, **tangents) -> dy
+
+`push` takes the operation's own arguments with each replaced by its tangent in ONE direction, or by None where that tangent is
+zero or has no meaning (a shape, a mask); the engine calls it once per direction. So the value and whatever the derivative needs
+(softmax's probabilities, GELU's slope) are computed once for all K, and no product with a tangent of zeros is ever formed.
+A returned dy must be new memory, save for operations that return a view of their input. A rule that must see all directions
+beside the value (attention, whose probabilities are gone after each block) returns the list of its K tangents in place of `push`.
+A rule that does not cover a call raises NotImplementedError, and torch's own forward mode takes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Push = Callable[..., Any]
+
+
+class Op(NamedTuple):
+    """The operation that was called, and the tangents of its arguments in each direction: what `push` will be called with."""
+
+    func: Callable[..., Any]
+    directions: list[tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+Rule = Callable[..., tuple[Any, Push | list[Any]]]
+R = TypeVar("R", bound=Callable[..., Any])
+
+RULES: dict[str, Rule] = {}  # by the operation's plain name
+CONSTANT: set[str] = set()  # no derivative: shapes, comparisons, roundings, new tensors, `detach`
+ALIASES = {
+    "multiply": "mul", "subtract": "sub", "divide": "div", "true_divide": "div", "negative": "neg", "absolute": "abs",
+    "concat": "cat", "concatenate": "cat", "swapaxes": "transpose", "swapdims": "transpose", "moveaxis": "movedim",
+    "__rmul__": "mul", "__radd__": "add", "__mul__": "mul", "__add__": "add", "__sub__": "sub", "__truediv__": "div",
+    "__matmul__": "matmul", "__neg__": "neg", "__abs__": "abs", "__pow__": "pow", "__rsub__": "__rsub__",
+    "__rtruediv__": "__rdiv__", "special_expm1": "expm1", "clip": "clamp",
+}  # fmt: skip
+OWNERS = (torch, torch.Tensor, F, torch._C._nn, torch.special, torch.linalg)
+
+
+def rule(*names: str) -> Callable[[R], R]:
+    """Register the decorated rule under the names of the operations that it serves."""
+
+    def register(body: R) -> R:
+        RULES.update(dict.fromkeys(names, body))
+        return body
+
+    return register
+
+
+def constant(names: str) -> None:
+    """Declare operations, names parted by blanks, whose result has no tangent whatever its arguments' are."""
+    CONSTANT.update(names.split())
+
+
+def callables(name: str) -> Iterator[Any]:
+    """Every form in which torch offers an operation: function, method, property."""
+    for owner in OWNERS:
+        found = getattr(owner, name, None)
+        if callable(found):
+            yield found
+        elif owner is torch.Tensor and hasattr(found, "__get__"):
+            yield found.__get__
+
+
+def table(names: Iterable[str]) -> dict[Any, str]:
+    """callable -> plain name, for all forms and aliases of `names`."""
+    wanted = set(names)
+    spelled = [(n, n) for n in wanted] + [(a, n) for a, n in ALIASES.items() if n in wanted]
+    return {form: name for spelling, name in spelled for form in callables(spelling)}
+
+
+def add_into(total: Tensor | None, term: Tensor) -> Tensor:
+    """total + term, into total's memory where that holds the sum."""
+    if total is None:
+        return term
+    fits = total.shape == torch.broadcast_shapes(total.shape, term.shape) and total.dtype == term.dtype
+    return total.add_(term) if fits else total + term
