@@ -52,7 +52,7 @@ def finetune(
     if isinstance(model, Experiment):
         if data is not None or method is not None or settings:
             raise ValueError("finetune(experiment) takes no data, method or sections beside it; change the Experiment.")
-        made = _job(model, None, None, None)
+        made = prepared(model)
     else:
         made = _from_parts(model, data, tokenizer, method, settings)
     return _history(made, Path(folder) if folder else None, on_record or (lambda record: None))
@@ -72,7 +72,7 @@ def _from_parts(model: Any, data: Any, tokenizer: Any, method: Any, settings: di
     if (module is None) != (tokenizer is None):
         raise ValueError("a model given as a module needs its tokenizer, and a tokenizer its module. Give both or a name.")
     corpus = None if data is None or isinstance(data, str | Path) else _corpus(data, parse(given))
-    return _job(parse(given), corpus, module, tokenizer)
+    return prepared(parse(given), corpus, module, tokenizer)
 
 
 def _corpus(data: Any, experiment: Experiment) -> source.Corpus:
@@ -83,7 +83,10 @@ def _corpus(data: Any, experiment: Experiment) -> source.Corpus:
     return source.from_datasets(train, test, **columns, **limits, seed=experiment.seed)
 
 
-def _job(experiment: Experiment, corpus: source.Corpus | None, module: nn.Module | None, tokenizer: Any) -> Job:
+def prepared(
+    experiment: Experiment, corpus: source.Corpus | None = None, module: nn.Module | None = None, tokenizer: Any = None
+) -> Job:
+    """An experiment with its data read, its model loaded and its threads set, or with those that are given."""
     if experiment.threads:
         torch.set_num_threads(experiment.threads)
     corpus = corpus or job.read(experiment)

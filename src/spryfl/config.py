@@ -181,9 +181,14 @@ def assignment(text: str) -> dict[str, Any]:
         parsed = tomllib.loads(f"x = {value}")["x"]
     except tomllib.TOMLDecodeError:
         parsed = value.strip()
-    for part in reversed(key.strip().split(".")):
-        parsed = {part: parsed}
-    return parsed
+    return nested(key.strip(), parsed)
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    """`nested("a.b", c)` is {"a": {"b": c}}."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
 
 
 def resolve(what: str, registry: Mapping[str, Callable[..., Any]], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,346 @@
+"""The command line: `spryfl run | resume | methods | report | partition | evaluate | predict`.
+
+Whatever is wrong with what was given ends in one clear message and exit code 2; an interruption in 130. Modules that
+load torch are imported by the commands that need them, so that --help and a typo are answered at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from spryfl.config import Experiment
+    from spryfl.job import Job
+
+app = typer.Typer(
+    help="Finetune language models across clients whose data stays private and whose memory is small.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+out = Console()
+err = Console(stderr=True)
+
+Config = Annotated[Path | None, typer.Option("--config", "-c", help="TOML file of an experiment.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Any setting: --set train.rounds=10. May be repeated.")]
+Method = Annotated[str | None, typer.Option("--method", "-m", help="A row of `spryfl methods`.")]
+Data = Annotated[str | None, typer.Option("--data", help="A file, a folder with train and test, a hub name, docstrings.")]
+Seed = Annotated[int | None, typer.Option(help="Everything random follows from it.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps ...")]
+Threads = Annotated[int | None, typer.Option(help="Threads of PyTorch on the CPU.")]
+Runs = Annotated[Path, typer.Option("--out", help="Where run folders are made.")]
+
+
+@app.command()
+def run(
+    config: Config = None,
+    method: Method = None,
+    data: Data = None,
+    model: Annotated[str | None, typer.Option(help="A local folder, a hub name, or minilm.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run folder; made up and numbered without it.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Rounds.")] = None,
+    clients: Annotated[int | None, typer.Option(help="Clients in all.")] = None,
+    cohort: Annotated[int | None, typer.Option(help="Clients a round.")] = None,
+    text: Annotated[str | None, typer.Option(help="Column of the text.")] = None,
+    label: Annotated[str | None, typer.Option(help="Column of the label.")] = None,
+    seed: Seed = None,
+    device: Device = None,
+    threads: Threads = None,
+    set_: Set = None,
+    runs: Runs = Path("runs"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")] = False,
+) -> None:
+    """Finetune. Without arguments: MiniLM, 40 clients, Spry, on English that every machine has."""
+    from spryfl import config as settings
+
+    flags = {
+        "method.name": method,
+        "data.name": data,
+        "data.text": text,
+        "data.label": label,
+        "model.name": model,
+        "train.rounds": rounds,
+        "train.cohort": cohort,
+        "partition.clients": clients,
+        "seed": seed,
+        "device": device,
+        "threads": threads,
+        "name": name,
+    }
+    changes: dict[str, Any] = {}
+    for key, value in flags.items():
+        if value is not None:
+            changes = settings.merge(changes, settings.nested(key, value))
+    for one in set_ or []:
+        changes = settings.merge(changes, settings.assignment(one))
+    experiment = settings.Experiment.load(config, changes)
+    if dry_run:
+        print(experiment.toml(), end="")
+        return
+    folder = runs / experiment.name if name or (config and experiment.name) else _free(runs / experiment.name)
+    if folder.exists():
+        raise ValueError(f"the run folder {folder} is there already. Choose another --name, or: spryfl resume {folder}")
+    _go(experiment, folder, fresh=True)
+
+
+@app.command()
+def resume(folder: Annotated[Path, typer.Argument(help="The run's folder.")]) -> None:
+    """Go on with a run that was stopped or killed; it ends in the same bits as one that was not."""
+    from spryfl import journal
+    from spryfl.config import Experiment
+
+    opened = journal.open_folder(folder)
+    _go(Experiment.load(opened.folder / "config.toml"), folder, fresh=False)
+
+
+@app.command("methods")
+def methods_(name: Annotated[str | None, typer.Argument(help="A row, for all its choices.")] = None) -> None:
+    """The table of methods, or one of them."""
+    from spryfl.methods import METHODS, named
+
+    if name is None:
+        _table(
+            ("method", "gradient", "who trains what", "local", "server", "what it is"),
+            [
+                (
+                    m.name,
+                    m.estimator["kind"] + (", checkpointed" if m.estimator.get("checkpoint") else ""),
+                    m.assignment["kind"] if m.sharing == "federated" else m.sharing,
+                    m.local_optimizer["kind"],
+                    m.server_optimizer["kind"],
+                    m.summary,
+                )
+                for m in METHODS.values()
+            ],
+        )
+        return
+    row = named(name)
+    out.print(f"[bold]{row.name}[/]: {row.summary}\n{row.paper}\n")
+    _table(("choice", "value"), [(key, _shown(value)) for key, value in vars(row).items() if key not in ("summary", "paper")])
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Run folders.")],
+    to: Annotated[Path | None, typer.Option("--to", help="Where the picture goes.")] = None,
+) -> None:
+    """Runs side by side: where they differ, how they ended, and a picture."""
+    from spryfl import report as reports
+
+    read = [reports.read(folder) for folder in folders]
+    if len(read) > 1:
+        _table(("setting", *(r.name for r in read)), reports.differences(read))
+    _table(*reports.rows(read))
+    picture = to or (folders[0] / "curves.png" if len(read) == 1 else folders[0].parent / "curves.png")
+    reports.curves(read, picture)
+    out.print(f"picture: {picture}", soft_wrap=True)
+
+
+@app.command("partition")
+def partition_(
+    config: Config = None,
+    data: Data = None,
+    clients: Annotated[int | None, typer.Option(help="Clients in all.")] = None,
+    seed: Seed = None,
+    set_: Set = None,
+) -> None:
+    """Draw how the classes fall to the clients."""
+    from spryfl import config as settings
+    from spryfl import job, partition
+
+    changes: dict[str, Any] = {}
+    for key, value in {"data.name": data, "partition.clients": clients, "seed": seed}.items():
+        if value is not None:
+            changes = settings.merge(changes, settings.nested(key, value))
+    for one in set_ or []:
+        changes = settings.merge(changes, settings.assignment(one))
+    experiment = settings.Experiment.load(config, changes)
+    corpus = job.read(experiment)
+    parts = job.deal(experiment, corpus)
+    _notes(corpus)
+    _partition(parts, corpus, partition.statistics(parts, corpus.train.label, len(corpus.labels)))
+
+
+@app.command()
+def evaluate(
+    what: Annotated[Path, typer.Argument(help="A run folder or an adapter folder.")],
+    file: Annotated[Path, typer.Argument(help="A labelled file: parquet, csv, jsonl.")],
+    text: Annotated[str, typer.Option(help="Column of the text.")] = "",
+    pair: Annotated[str, typer.Option(help="Column of the second text.")] = "",
+    label: Annotated[str, typer.Option(help="Column of the label.")] = "",
+    device: Annotated[str, typer.Option(help="cpu, cuda, mps ...")] = "cpu",
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
+) -> None:
+    """Accuracy of a run or an adapter on any labelled file."""
+    from spryfl import data, job, models, tasks
+
+    folder, card = _adapter(what)
+    examples = data.read_labelled(file, tuple(card["labels"]), text=text, pair=pair, label=label)
+    model = models.open_adapter(folder, trust_remote_code, device)
+    rows = tasks.encode(model.tokenizer, examples, card["max_length"])
+    right, count, total = models.score(model, model.params, job.scoring(rows, range(len(rows.labels)), model))
+    out.print(f"accuracy {right / count:.4f} ({right} of {count}), loss {total / count:.4f}; {rows.cut} texts were cut")
+
+
+@app.command()
+def predict(
+    what: Annotated[Path, typer.Argument(help="A run folder or an adapter folder.")],
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts; without any, lines of standard input.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, mps ...")] = "cpu",
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
+) -> None:
+    """Labels with their names and probabilities for lines of text."""
+    from spryfl import models, tasks
+    from spryfl.types import Examples
+
+    folder, card = _adapter(what)
+    lines = [line for line in (texts or (line.rstrip("\n") for line in sys.stdin)) if line.strip()]
+    if not lines:
+        raise ValueError("no text to predict: give texts as arguments, or lines on standard input.")
+    model = models.open_adapter(folder, trust_remote_code, device)
+    rows = tasks.encode(model.tokenizer, Examples(tuple(lines), None, (0,) * len(lines), None), card["max_length"])
+    for start in range(0, len(lines), 64):
+        chosen = range(start, min(start + 64, len(lines)))
+        answers = models.logits(model, model.params, tasks.collate(rows, chosen, model.device)).softmax(-1)
+        for i, shares in zip(chosen, answers.tolist(), strict=True):
+            best = sorted(zip(shares, model.labels, strict=True), reverse=True)
+            print("\t".join([best[0][1], " ".join(f"{name}={share:.3f}" for share, name in best), lines[i]]))
+
+
+def _go(experiment: Experiment, folder: Path, fresh: bool) -> None:
+    """Prepares and runs an experiment, with what the screen shows."""
+    import torch
+
+    from spryfl import api, job
+    from spryfl.screen import Screen
+
+    if experiment.threads:
+        torch.set_num_threads(experiment.threads)
+    with out.status("reading data and model"):
+        made = api.prepared(experiment)
+        opened, state, progress = job.begin(made, folder) if fresh else job.resume(made, folder)
+    _head(made, folder)
+    try:
+        with Screen(out, made.plan.rounds) as screen:
+            for record, _ in job.run(made, opened, state, progress):
+                screen.show(record)
+    except KeyboardInterrupt:
+        err.print(f"\nstopped; the finished rounds are safe. Go on with: spryfl resume {folder}", soft_wrap=True)
+        raise typer.Exit(130) from None
+    _tail(folder)
+
+
+def _head(made: Job, folder: Path) -> None:
+    """Before the first round: what is about to happen."""
+    from spryfl.methods import METHODS
+
+    e, m = made.experiment, made.model
+    adapter = sum(u.size for u in m.units if not u.head)
+    head = sum(u.size for u in m.units if u.head)
+    _notes(made.corpus)
+    cut = f"; {made.rows.cut} and {made.test.cut} were cut at {e.data.max_length} tokens" if made.rows.cut + made.test.cut else ""
+    out.print(f"data    {len(made.rows.labels)} training rows, {len(made.test.labels)} test rows, {len(m.labels)} classes{cut}")
+    out.print(f"model   {e.model.name}: {adapter} adapter values in {sum(not u.head for u in m.units)} units, {head} in the head")
+    out.print(f"clients {made.plan.clients}, {made.plan.cohort} a round, {made.plan.rounds} rounds")
+    row = METHODS.get(e.method.name)
+    changed = [
+        f"{key} {_shown(value)} (row: {_shown(getattr(row, key))})"
+        for key, value in vars(e.method).items()
+        if row and not _same(value, getattr(row, key))
+    ]
+    out.print(f"method  {e.method.name}" + (f", but {'; '.join(changed)}" if changed else ""), soft_wrap=True)
+    out.print(f"folder  {folder}\n", soft_wrap=True)
+
+
+def _tail(folder: Path) -> None:
+    """After the last round: what was learned, where it lies, what to try next."""
+    from spryfl import report as reports
+
+    run_ = reports.read(folder)
+    reports.curves([run_], folder / "curves.png")
+    first, last = reports.scored(run_)[0], reports.scored(run_)[-1]
+    out.print(
+        f"\naccuracy on the untouched test rows: {first['accuracy']:.4f} before, {last['accuracy']:.4f} after "
+        f"{run_.records[-1]['round']} rounds (best {last['best']:.4f} in round {last['best_round']})"
+    )
+    out.print(f"adapter {folder / 'adapter'}\npicture {folder / 'curves.png'}", soft_wrap=True)
+    out.print(f'next    spryfl predict {folder} "a sentence of yours"\n        spryfl run --method fedavg', soft_wrap=True)
+
+
+def _adapter(what: Path) -> tuple[Path, dict[str, Any]]:
+    """The adapter folder that a run folder or an adapter folder stands for, and its card."""
+    from spryfl import models
+
+    folder = what / "adapter" if (what / "config.toml").is_file() else what
+    return folder, models.read_card(folder)
+
+
+def _free(folder: Path) -> Path:
+    """The folder itself, or the first numbered one beside it that is free."""
+    candidates = [folder, *(folder.with_name(f"{folder.name}-{i}") for i in range(2, 10_000))]
+    return next(one for one in candidates if not one.exists())
+
+
+def _notes(corpus: Any) -> None:
+    for line in corpus.notes:
+        out.print(f"note    {line}", soft_wrap=True, highlight=False)
+
+
+def _same(given: Any, row: Any) -> bool:
+    """Whether a choice is the row's: an option that the row leaves at its default does not count as another."""
+    if isinstance(row, dict):
+        return all(given.get(key) == value for key, value in row.items())
+    return given == row
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        options = ", ".join(f"{key}={item}" for key, item in value.items() if key != "kind")
+        return f"{value['kind']}({options})"
+    return str(value)
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    table = Table(*head, box=None, header_style="bold", pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+
+
+def _partition(parts: Any, corpus: Any, statistics: Any) -> None:
+    """A bar of classes for each client."""
+    shades = ("cyan", "magenta", "yellow", "green", "blue", "red", "white")
+    biggest = max(len(part) for part in parts)
+    for client, part in enumerate(parts):
+        counts = [sum(corpus.train.label[i] == c for i in part) for c in range(len(corpus.labels))]
+        bar = "".join(
+            f"[{shades[c % len(shades)]}]{(corpus.labels[c][0] if not out.is_terminal else '█') * round(60 * n / biggest)}[/]"
+            for c, n in enumerate(counts)
+        )
+        out.print(f"{client:4d} {len(part):6d} {bar}", highlight=False)
+    names = "  ".join(f"[{shades[c % len(shades)]}]{name}[/]" for c, name in enumerate(corpus.labels))
+    out.print(f"\n{names}\n{statistics}", highlight=False)
+
+
+def main() -> None:
+    """The entry point: every ValueError is a message and exit code 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        app()
+    except ValueError as error:
+        err.print(f"spryfl: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""Directions: Philox against its reference, moments, independence of names, order and device, no global generator."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spryfl import noise
+from spryfl.types import Directional
+
+
+def scalar_philox(counter, key):
+    """The generator's definition in plain integers."""
+    c, (k0, k1) = list(counter), key
+    for _ in range(10):
+        p, q = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [(q >> 32) ^ c[1] ^ k0, q % 2**32, (p >> 32) ^ c[3] ^ k1, p % 2**32]
+        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
+    return c
+
+
+# Known answers of Philox4x32-10 from the Random123 distribution: counter, key, output.
+KNOWN = [
+    ([0, 0, 0, 0], [0, 0], [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+    ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+    (
+        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+        [0xA4093822, 0x299F31D0],
+        [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "answer"), KNOWN)
+def test_philox_gives_the_published_answers(counter, key, answer):
+    out = noise.philox([torch.tensor([word]) for word in counter], key)
+    assert [int(word) for word in out] == answer
+
+
+@given(st.lists(st.integers(0, 2**32 - 1), min_size=6, max_size=6))
+def test_philox_equals_its_definition_in_plain_integers(numbers):
+    out = noise.philox([torch.tensor([word]) for word in numbers[:4]], numbers[4:])
+    assert [int(word) for word in out] == scalar_philox(numbers[:4], numbers[4:])
+
+
+def test_normals_are_box_muller_of_the_words():
+    word = noise.words([5], (("name", 2),)).flatten().tolist()
+    u = [((a >> 5) * 2**26 + (b >> 6)) for a, b in zip(word[::2], word[1::2], strict=True)]
+    radius = math.sqrt(-2 * math.log((u[0] + 1) / 2**53))
+    expected = [radius * math.cos(2 * math.pi * u[1] / 2**53), radius * math.sin(2 * math.pi * u[1] / 2**53)]
+    assert noise.direction(5, {"name": torch.zeros(4)})["name"][:2].tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_prefix_does_not_depend_on_the_length():
+    short, long = (noise.direction(3, {"w": torch.zeros(n)})["w"] for n in (7, 1000))
+    assert torch.equal(short, long[:7])
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+def test_moments(distribution):
+    x = noise.direction(11, {"w": torch.zeros(200_000)}, distribution)["w"].double()
+    assert abs(x.mean()) < 0.01
+    assert abs(x.square().mean() - 1) < 0.01
+    assert abs((x[:-1] * x[1:]).mean()) < 0.01
+    expected_fourth = 3.0 if distribution == "gaussian" else 1.0
+    assert float(x.pow(4).mean()) == pytest.approx(expected_fourth, rel=0.03)
+
+
+@pytest.mark.parametrize("distribution", noise.DISTRIBUTIONS)
+def test_covariance_is_the_identity(distribution):
+    like = {"a": torch.zeros(2), "b": torch.zeros(1)}
+    drawn = noise.stack(range(4000), like, distribution)
+    v = torch.cat([drawn["a"], drawn["b"]], dim=1).double()
+    assert torch.allclose(v.T @ v / len(v), torch.eye(3, dtype=torch.float64), atol=0.08)
+
+
+def test_the_sphere_spans_the_whole_block():
+    drawn = noise.direction(1, {"a": torch.zeros(3, 4), "b": torch.zeros(5)}, "sphere")
+    squares = sum(float(v.double().square().sum()) for v in drawn.values())
+    assert squares == pytest.approx(17.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("distribution", noise.DISTRIBUTIONS)
+def test_a_stack_is_its_directions_one_by_one(distribution):
+    like = {"a": torch.zeros(3, 5), "b": torch.zeros(2)}
+    together = noise.stack([4, 8, 15], like, distribution)
+    for k, seed in enumerate([4, 8, 15]):
+        alone = noise.direction(seed, like, distribution)
+        assert all(torch.equal(together[name][k], alone[name]) for name in like)
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+def test_a_name_draws_the_same_whatever_else_is_drawn(distribution):
+    alone = noise.direction(9, {"b": torch.zeros(6)}, distribution)["b"]
+    beside = noise.direction(9, {"z": torch.zeros(3), "b": torch.zeros(6), "a": torch.zeros(2)}, distribution)["b"]
+    assert torch.equal(alone, beside)
+
+
+def test_names_and_seeds_draw_differently():
+    like = {"a": torch.zeros(64), "b": torch.zeros(64)}
+    one, two = noise.direction(1, like), noise.direction(2, like)
+    assert not torch.equal(one["a"], one["b"])
+    assert not torch.equal(one["a"], two["a"])
+
+
+def test_no_global_generator_is_read_or_moved():
+    before, python = torch.get_rng_state(), random.getstate()
+    first = noise.direction(4, {"a": torch.zeros(9)})
+    assert torch.equal(before, torch.get_rng_state())
+    assert python == random.getstate()
+    torch.manual_seed(123)
+    assert torch.equal(first["a"], noise.direction(4, {"a": torch.zeros(9)})["a"])
+
+
+def test_child_seeds_do_not_collide_where_a_sum_would():
+    seeds = {noise.child_seed(r, "round", a, "client", b) for r in range(3) for a in range(40) for b in range(40)}
+    assert len(seeds) == 3 * 40 * 40
+    assert noise.child_seed(1, 23) != noise.child_seed(12, 3)
+    assert noise.child_seed(1, "2") != noise.child_seed(1, 2)
+
+
+def test_expand_is_the_sum_of_coefficient_times_direction():
+    like = {"a": torch.zeros(3), "b": torch.zeros(2)}
+    terms = (Directional(1, 0.5, ("a", "b"), "gaussian"), Directional(2, -2.0, ("b",), "rademacher"))
+    one, two = noise.direction(1, like), noise.direction(2, {"b": like["b"]}, "rademacher")
+    total = noise.expand(terms, like)
+    assert torch.equal(total["a"], 0.5 * one["a"])
+    assert torch.equal(total["b"], 0.5 * one["b"] + -2.0 * two["b"])
