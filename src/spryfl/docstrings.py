@@ -41,15 +41,17 @@ SHORTEST, LONGEST = 60, 400  # characters of a paragraph
 ENOUGH = 1.5  # paragraphs parsed per paragraph used: those that say a name are dropped after the parsing
 
 # Said in a paragraph, these give the answer away: names, aliases of imports, makers.
-GIVEAWAYS = frozenset(
-    "python cpython stdlib torch pytorch torchvision torchaudio sympy mpmath numpy np ndarray ndarrays scipy pandas pd matplotlib mpl plt pyplot"
-    " transformers huggingface tensorflow tf jax jnp keras pyarrow pa sklearn datasets peft tokenizers safetensors"
-    " accelerate ipython jupyter".split()
-)
-SKIPPED_FOLDERS = frozenset(
-    "test tests testing _testing site-packages dist-packages idlelib lib2to3 ensurepip turtledemo"
-    " _vendor vendored externals lib-dynload __pycache__".split()
-)
+GIVEAWAYS_TEXT = """
+    python cpython stdlib torch pytorch torchvision torchaudio sympy mpmath numpy np ndarray ndarrays scipy pandas pd
+    matplotlib mpl plt pyplot transformers huggingface tensorflow tf jax jnp keras pyarrow pa sklearn datasets peft
+    tokenizers safetensors accelerate ipython jupyter
+"""
+GIVEAWAYS = frozenset(GIVEAWAYS_TEXT.split())
+SKIPPED_FOLDERS_TEXT = """
+    test tests testing _testing site-packages dist-packages idlelib lib2to3 ensurepip turtledemo _vendor vendored
+    externals lib-dynload __pycache__
+"""
+SKIPPED_FOLDERS = frozenset(SKIPPED_FOLDERS_TEXT.split())
 MOST_BYTES = 400_000  # longer files are mostly generated
 SPARSE = 5_000  # bytes of source per docstring: above it a file is not worth its parsing
 
@@ -63,11 +65,16 @@ ROLE = re.compile(r":[\w:+-]+:`[~!]?([^`<]*?)(?:\s*<[^`]*>)?`")
 CODE = re.compile(r"`+([^`]*)`+_*")
 DOTTED = re.compile(r"(?<![\w.])\.?(?:[A-Za-z_]\w+\.)*\.?(?<=\.)(?=[A-Za-z_]\w+)")
 EMPHASIS = re.compile(r"(?<!\w)\*{1,2}([^*\n]+?)\*{1,2}(?!\w)")
-SYMBOLS = re.compile(r"[=<>{}\[\]|\\@#$^~*+`]|\(\)|->|--|[A-Za-z]\.[A-Za-z](?<!e\.g)(?<!i\.e)|\bself\b|\.(?:py|txt|json|so|h|cpp)\b")
+SYMBOLS = re.compile(
+    r"[=<>{}\[\]|\\@#$^~*+`]|\(\)|->|--|[A-Za-z]\.[A-Za-z](?<!e\.g)(?<!i\.e)|\bself\b|\.(?:py|txt|json|so|h|cpp)\b"
+)
 WORD = re.compile(r"[A-Za-z]+(?:['’-][A-Za-z]+)*")
 IDENTIFIER = re.compile(r"\w*_\w*|\w*[a-z][A-Z]\w*|\w*\d\w*")
 SENTENCE_END = re.compile(r"(?<=[.!?]) (?=[A-Z])")
-ENGLISH = frozenset("a an the is are be of to in for that this it and or with as by on if not can will".split())
+ENGLISH_TEXT = """
+    a an the is are be of to in for that this it and or with as by on if not can will
+"""
+ENGLISH = frozenset(ENGLISH_TEXT.split())
 
 
 Run = tuple[str, str, str, str]  # four words that follow each other
@@ -217,7 +224,7 @@ def _pieces(text: str) -> list[str]:
 
 
 def _is_prose(text: str) -> bool:
-    """A sentence of ordinary words: capital, full stop, hardly any identifiers, a fair share of English's small words."""
+    """Ordinary sentences: capital, full stop, hardly any identifiers, a fair share of English's small words."""
     if not SHORTEST <= len(text) <= LONGEST or not text[0].isupper() or text[-1] not in ".!?" or SYMBOLS.search(text):
         return False
     words = [word.lower() for word in WORD.findall(text)]
@@ -241,7 +248,9 @@ def _words(text: str) -> set[str]:
 def _users(pools: Iterable[list[Row]]) -> Counter[str]:
     """In how many packages' prose a word stands, for all parts of the modules' names."""
     modules = {part for rows in pools for row in rows for part in _words(row.module)}
-    return Counter(word for rows in pools for word in modules.intersection(*[set().union(*(_words(r.text) for r in rows))]))
+    return Counter(
+        word for rows in pools for word in modules.intersection(*[set().union(*(_words(r.text) for r in rows))])
+    )
 
 
 def _says_a_name(row: Row, modules: Mapping[str, int]) -> bool:
