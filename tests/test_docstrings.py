@@ -109,8 +109,10 @@ def test_the_collector_is_on_again(sides: Sides) -> None:
 
 
 def test_markup_and_paths_come_off() -> None:
-    doc = "Return the :class:`~torch.nn.Linear` of ``os.path.join`` that is *used* in a call to np.stack with this `value`."
-    assert list(paragraphs(doc)) == ["Return the Linear of join that is used in a call to stack with this value."]
+    doc = (
+        "Return the :class:`~torch.nn.Linear` of ``os.path.join`` that is *used* in a call to np.stack with a `value`."
+    )
+    assert list(paragraphs(doc)) == ["Return the Linear of join that is used in a call to stack with a value."]
 
 
 PROSE = "This is the first sentence of a text that is long enough to be kept as it is."

@@ -67,7 +67,7 @@ def test_a_small_alpha_is_further_from_iid() -> None:
 
 
 def test_first_clients_draw_around_the_prior_with_the_variance_of_the_dirichlet() -> None:
-    """One client of 400 draws alone, so its share q has mean p and variance p (1 - p) / (alpha + 1), besides counting."""
+    """Of many clients each draws nearly freely: its share q has mean p and variance p (1 - p) / (alpha + 1)."""
     labels = [0] * 14_000 + [1] * 6_000
     alpha, rows = 2.0, 50
     shares = [
