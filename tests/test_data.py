@@ -81,7 +81,10 @@ def test_rows_are_limited_class_by_class(tmp_path: Path) -> None:
     assert Counter(corpus.test.label) == {0: 4, 1: 2}
     assert set(corpus.train.text) <= set(everything.train.text)
     assert set(corpus.test.text) <= set(everything.test.text)
-    assert data.load(path, train_rows=31, test_rows=6, seed=2).train != corpus.train
+    assert list(corpus.train.text) == [text for text in everything.train.text if text in set(corpus.train.text)]
+    rows, test = datasets.Dataset.from_list(some_rows(100)), datasets.Dataset.from_list(some_rows(9))
+    draws = [data.from_datasets(rows, test, train_rows=20, seed=seed).train for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
     assert "train_rows = 999 changes nothing: there are 240 rows" in data.load(path, train_rows=999).notes
     with pytest.raises(ValueError, match="train_rows = 1 is less than one row for each of 2 classes"):
         data.load(path, train_rows=1)
@@ -144,6 +147,9 @@ def test_columns_that_are_named_are_taken_and_not_called_guesses(tmp_path: Path)
     assert corpus.train.pair[0].startswith("b ")
     assert set(corpus.train.group or ()) == {"0", "1", "2", "3", "4"}
     assert not [note for note in corpus.notes if "guessed" in note]
+    rows = [{"text": "x", "text_pair": "y", "label": i % 2} for i in range(20)]
+    assert data.load(write(tmp_path / "p.jsonl", rows), text="text").train.pair is None
+    assert data.load(str(tmp_path / "p.jsonl")).train.pair is not None
 
 
 def test_a_folder_with_train_and_test(tmp_path: Path) -> None:
@@ -195,7 +201,7 @@ def test_data_sets_in_memory() -> None:
     both = datasets.DatasetDict({"train": train, "validation": test})
     assert data.from_datasets(both).fingerprint == data.from_datasets(train, test).fingerprint
     assert len(data.from_datasets(datasets.DatasetDict({"train": train, "odd": test}), "odd").test.label) == 12
-    shuffled = train.shuffle(seed=1).select(range(20))
+    shuffled = train.shuffle(seed=1).select(range(20)).with_format("numpy")
     assert len(data.from_datasets(shuffled, test).train.label) == 20
     with pytest.raises(ValueError, match=r"train is a list; a datasets.Dataset or DatasetDict is needed"):
         data.from_datasets([{"text": "a", "label": 0}])
@@ -284,7 +290,7 @@ def test_bad_requests_are_named(tmp_path: Path) -> None:
         ({"test": str(tmp_path / "none.csv")}, "none.csv: there is no such file"),
     ):
         with pytest.raises(ValueError, match=message):
-            data.load(path, **options)  # type: ignore[arg-type]
+            data.load(path, **options)
     with pytest.raises(ValueError, match=r"missing.csv does not exist.\n    Possible: docstrings, a file"):
         data.load(str(tmp_path / "missing.csv"))
     with pytest.raises(ValueError, match='text = "a" has no effect here'):

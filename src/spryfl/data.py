@@ -95,7 +95,7 @@ def load(
         sides = sources.folder(path, test) if path.is_dir() else sources.files(path, test)
     else:
         sides = sources.hub(name, test, revision)
-    return _corpus(name, sides, asked, test, test_share, (train_rows, test_rows), seed)
+    return _corpus(name, sides, asked, test_share, (train_rows, test_rows), seed)
 
 
 def from_datasets(
@@ -121,7 +121,7 @@ def from_datasets(
     if test is not None and not (which and hasattr(train, "keys")):
         sides = {"train": sides["train"], "test": sources.in_memory(test, "test")}
     asked = Columns(text, pair, label, group)
-    return _corpus("a data set in memory", sides, asked, which, test_share, (train_rows, test_rows), seed)
+    return _corpus("a data set in memory", sides, asked, test_share, (train_rows, test_rows), seed)
 
 
 def read_labelled(
@@ -143,7 +143,7 @@ def _refuse(**options: str) -> None:
 def _choose(table: Table, asked: Columns) -> tuple[Columns, list[str]]:
     """The columns asked for, or the first with a usual name; and a note on each guess."""
     _check_columns(table, asked)
-    usual = {name.strip().lower(): name for name in reversed(table.names)}
+    usual = {name.strip().lower(): name for name in table.names}
     both = next((p for p in PAIRS if p[0] in usual and p[1] in usual), ("", ""))
     chosen = Columns(
         asked.text or _first(usual, (both[0], *TEXTS)),
@@ -216,7 +216,6 @@ def _corpus(
     source: str,
     sides: dict[str, Table],
     asked: Columns,
-    test: str,
     test_share: float,
     limits: tuple[int, int],
     seed: int,
@@ -227,7 +226,7 @@ def _corpus(
     notes += more
     candidates = {name: table for name, table in sides.items() if name != "train"}
     if candidates:
-        held, more = _test_side(candidates, columns, names, guess=not test)
+        held, more = _test_side(candidates, columns, names)
         notes += more
     else:
         train, held = split(train, test_share, seed, source)
@@ -235,11 +234,9 @@ def _corpus(
     return _finished(train, held, names, source, notes, limits, seed)
 
 
-def _test_side(
-    candidates: dict[str, Table], columns: Columns, names: tuple[str, ...], *, guess: bool
-) -> tuple[Examples, list[str]]:
+def _test_side(candidates: dict[str, Table], columns: Columns, names: tuple[str, ...]) -> tuple[Examples, list[str]]:
     """The first candidate whose labels are not withheld; if all are, reading the first says so."""
-    hidden = [name for name, table in candidates.items() if guess and labelling.hidden(table, columns.label)]
+    hidden = [name for name, table in candidates.items() if labelling.hidden(table, columns.label)]
     chosen = next((name for name in candidates if name not in hidden), next(iter(candidates)))
     table = candidates[chosen]
     group = columns.group if columns.group in table.names else ""  # only training rows are dealt to clients
