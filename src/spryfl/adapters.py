@@ -28,7 +28,9 @@ Adapter = Callable[[Sequence[str]], PeftConfig]  # names of the head's modules -
 _NOTHING = "dummy-target-modules"
 
 
-def lora(r: int = 1, alpha: float = 1.0, dropout: float = 0.0, targets: tuple[str, ...] = ()) -> Adapter:
+def lora(
+    r: int = 1, alpha: float = 1.0, dropout: float = 0.0, targets: tuple[str, ...] = (), layers: tuple[int, ...] = ()
+) -> Adapter:
     """LoRA, W x + (alpha/r) B A x.
 
     Args:
@@ -36,13 +38,19 @@ def lora(r: int = 1, alpha: float = 1.0, dropout: float = 0.0, targets: tuple[st
         alpha: scale of the update.
         dropout: on the adapter's input, while training.
         targets: ends of module names; empty is PEFT's choice for the model (query and value).
+        layers: numbers of the layers that get one, 0 first; empty is all.
     """
     if r < 1:
         raise ValueError(f"r = {r} of lora; the rank must be 1 or more.")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout = {dropout} of lora; it must be in [0, 1).")
     return lambda head: LoraConfig(
-        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets) or None, modules_to_save=list(head)
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=list(targets) or None,
+        layers_to_transform=list(layers) or None,
+        modules_to_save=list(head),
     )
 
 

@@ -31,8 +31,10 @@ class Local(NamedTuple):
     device: torch.device
 
 
-def run(told: Instruction, estimator: Estimator, optimizer: Optimizer, local: Local) -> Update:
-    """Takes the local steps that an instruction asks for.
+def run(
+    told: Instruction, estimator: Estimator, optimizer: Optimizer, local: Local, head_lr: float = 1.0
+) -> Update:
+    """Takes the local steps that an instruction asks for; `head_lr` is a factor on the head's learning rate.
 
     Raises:
         FloatingPointError: a loss or an estimate is not finite; the client then counts as failed.
@@ -41,7 +43,7 @@ def run(told: Instruction, estimator: Estimator, optimizer: Optimizer, local: Lo
     current = tree.to(told.params, local.device)
     score = lambda values: local.score(values, local.held_out()) if told.evaluate else (0, 0)  # noqa: E731
     before, _ = score(current)
-    params, losses, passes, peak = _steps(told, current, estimator, optimizer, local)
+    params, losses, passes, peak = _steps(told, current, estimator, optimizer, local, head_lr)
     after, scored = score({**current, **params})
     return Update(
         round=told.round,
@@ -59,11 +61,12 @@ def run(told: Instruction, estimator: Estimator, optimizer: Optimizer, local: Lo
 
 
 def _steps(
-    told: Instruction, current: Params, estimator: Estimator, optimizer: Optimizer, local: Local
+    told: Instruction, current: Params, estimator: Estimator, optimizer: Optimizer, local: Local, head_lr: float
 ) -> tuple[dict[str, torch.Tensor], list[float], Passes, int]:
     """The local loop. The first step's memory is measured, the batch left out."""
     params = tree.select(current, told.names)
     loss_fn = local.bind(tree.without(current, told.names))
+    scale = {name: told.lr_scale * (head_lr if name in loss_fn.head else 1.0) for name in params}
     state, losses, passes, peak = optimizer.init(params), [], Passes(), 0
     for step, batch in enumerate(local.batches(noise.child_seed(told.seed, "order"))):
         seed = noise.child_seed(told.seed, "step", step)
@@ -73,7 +76,7 @@ def _steps(
             peak = measured()
         else:
             estimate = estimator(loss_fn, params, batch, seed)
-        params, state = optimizer.step(params, gradient(estimate, params, told, step), state, told.lr_scale)
+        params, state = optimizer.step(params, gradient(estimate, params, told, step), state, scale)
         losses.append(estimate.loss)
         passes += estimate.passes
     return params, losses, passes, peak

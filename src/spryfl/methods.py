@@ -60,6 +60,7 @@ class Method:
     local_optimizer: Choice = _choice("adamw")
     server_optimizer: Choice = _choice("sgd")
     head: str = "shared"
+    head_lr: float = 1.0  # factor on the head's local learning rate
     schedule: str = "constant"  # of the local learning rate over the rounds
     sharing: str = "federated"
     summary: str = ""
@@ -74,6 +75,7 @@ class Built(NamedTuple):
     local: Optimizer
     server: Optimizer
     split_head: bool
+    head_lr: float
     schedule: Callable[[float], float]
     alone: bool
 
@@ -97,6 +99,8 @@ def build(method: Method) -> Built:
     ):
         if given not in known:
             raise ValueError(f'method.{what} = "{given}" is unknown. Possible: {", ".join(known)}.')
+    if not method.head_lr > 0:
+        raise ValueError(f"method.head_lr = {method.head_lr}: the factor on the head's learning rate must be above 0.")
     exact = {"exact_head": True} if method.head == "exact" else {}
     return Built(
         estimator=_made("estimator", method.estimator, **exact),
@@ -104,6 +108,7 @@ def build(method: Method) -> Built:
         local=_made("local_optimizer", method.local_optimizer),
         server=_made("server_optimizer", method.server_optimizer),
         split_head=method.head == "split",
+        head_lr=method.head_lr,
         schedule=SCHEDULES[method.schedule],
         alone=method.sharing == "alone",
     )

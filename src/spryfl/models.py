@@ -128,7 +128,7 @@ def save_adapter(model: Model, params: Params, folder: Path, card: Mapping[str, 
     own = {name: params.get(name, value) for name, value in model.module.state_dict().items()}
     model.module.peft_config["default"].base_model_name_or_path = model.source
     with _silent():
-        model.module.save_pretrained(str(folder), state_dict=own)
+        model.module.save_pretrained(str(folder), state_dict=own, save_embedding_layers=False)
     (folder / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
 
 

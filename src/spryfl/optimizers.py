@@ -5,7 +5,7 @@
 
 Every optimizer descends. A client's gradient is an estimate; a server's is a pseudo-gradient, old minus mean of new. Only
 names that have a gradient move, and only their state does: a unit that nobody returned keeps both. `scale` multiplies
-the learning rate (a schedule's factor). Server Adam, Yogi, Adagrad: Reddi et al. 2021 (arXiv 2003.00295), no bias
+the learning rate, of all values or by name (a schedule's factor, the head's own). Server Adam, Yogi, Adagrad: Reddi et al. 2021 (arXiv 2003.00295), no bias
 correction. Client Adam and AdamW are torch's. Cost: at most two more copies of the trainable values.
 """
 
@@ -40,12 +40,12 @@ def _by_leaf(init: Callable[[Tensor], Leaf], step: Callable[[Tensor, Tensor, Lea
         return {slot: {name: leaf[slot] for name, leaf in leaves.items()} for slot in slots}
 
     def step_all(
-        params: Params, grads: Params, state: State, scale: float = 1.0
+        params: Params, grads: Params, state: State, scale: float | Mapping[str, float] = 1.0
     ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
         new, slots = dict(params), {slot: dict(values) for slot, values in state.items()}
         for name, grad in grads.items():
             leaf = {slot: values[name] for slot, values in slots.items()}
-            new[name] = step(params[name], grad, leaf, scale)
+            new[name] = step(params[name], grad, leaf, scale[name] if isinstance(scale, Mapping) else scale)
             for slot, value in leaf.items():
                 slots[slot][name] = value
         return new, slots

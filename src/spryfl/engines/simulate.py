@@ -29,7 +29,8 @@ def simulation(method: Built, local: Callable[[int], client.Local], lost: Lost) 
                 continue
             try:
                 received = cast(Instruction, wire.decode(message))
-                answer = wire.encode(client.run(received, method.estimator, method.local, local(one.client)))
+                done = client.run(received, method.estimator, method.local, local(one.client), method.head_lr)
+                answer = wire.encode(done)
             except FloatingPointError as error:
                 failed[one.client] = str(error)
                 continue
