@@ -201,7 +201,9 @@ def test_data_sets_in_memory() -> None:
     both = datasets.DatasetDict({"train": train, "validation": test})
     assert data.from_datasets(both).fingerprint == data.from_datasets(train, test).fingerprint
     assert len(data.from_datasets(datasets.DatasetDict({"train": train, "odd": test}), "odd").test.label) == 12
-    shuffled = train.shuffle(seed=1).select(range(20)).with_format("numpy")
+    shuffled = train.shuffle(seed=1).select(range(20))
+    numbered = datasets.Dataset.from_list(some_rows(30, (0, 1)))
+    assert data.from_datasets(numbered.with_format("numpy")) == data.from_datasets(numbered)
     assert len(data.from_datasets(shuffled, test).train.label) == 20
     with pytest.raises(ValueError, match=r"train is a list; a datasets.Dataset or DatasetDict is needed"):
         data.from_datasets([{"text": "a", "label": 0}])

@@ -148,6 +148,26 @@ def test_headings_come_off_and_long_paragraphs_become_pieces() -> None:
     assert " ".join(pieces) == " ".join([PROSE] * 12)
 
 
+def test_groups_are_neighbours_by_name() -> None:
+    counts = {"p.c": 20, "p.a": 20, "p.d": 40, "p.b": 15, "p.e": 5}
+    rows = [Row(f"text {i}", 0, module, "") for module, count in counts.items() for i in range(count)]
+    found = Counter(row.group for row in docstrings._grouped(rows))
+    assert found == {"p.a to p.b": 35, "p.c to p.e": 65}  # p.e alone would be too small
+
+
+def test_classes_are_balanced_by_the_scarcest(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pool(label: int, package: str, seen: set[docstrings.Run]) -> list[Row]:
+        return [Row(f"text {i}", label, f"{package}.m{i // 3}", "") for i in range(25 + 10 * label)]
+
+    monkeypatch.setattr(docstrings, "_pool", pool)
+    monkeypatch.setattr(docstrings, "_users", lambda pools: {})
+    monkeypatch.setattr(docstrings, "TRAIN_PER_CLASS", 30)
+    monkeypatch.setattr(docstrings, "TEST_PER_CLASS", 10)
+    train, test, _ = docstrings.build()
+    assert Counter(row.label for row in train) == dict.fromkeys(range(5), 13)  # 25 less four modules of three
+    assert Counter(row.label for row in test) == dict.fromkeys(range(5), 10)
+
+
 def test_a_stripped_installation_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(docstrings, "_root", lambda package: tmp_path)
     with pytest.raises(ValueError, match="the installed pandas gives only 0 paragraphs"):
