@@ -1,4 +1,4 @@
-"""Forward-mode derivatives of PyTorch functions in K directions at once. Needs torch alone; usable without the rest of spryfl."""
+"""Forward-mode derivatives of PyTorch functions in K directions at once. Needs torch alone, nothing else of spryfl."""
 
 from .engine import jvp
 

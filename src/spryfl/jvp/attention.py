@@ -3,9 +3,10 @@
     s = c q k^T + mask    p = softmax(s)    o = p v
     ds = c (dq k^T + q dk^T) + dmask        dp = p (ds - <p, ds>)        do = dp v + p dv
 
-Per direction four products against the value's two: the least there is, as p is needed in any case. Grouped queries share their key
-head by counting as more rows of queries; keys and values are never repeated. Causal blocks stop at their last visible key.
-Dropout draws one mask for the value and all tangents, the same draw as torch's own where it fits one allocation.
+Per direction four products against the value's two: the least there is, as p is needed in any case. Grouped queries
+share their key head by counting as more rows of queries; keys and values are never repeated. Causal blocks stop at
+their last visible key. Dropout draws one mask for the value and all tangents, the same draw as torch's own where it
+fits one allocation.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from .registry import Op, rule
 
-BLOCK = 1 << 18  # scores held at once: 1 MiB of float32, inside a core's L2 cache
+BLOCK = 1 << 17  # scores held at once: 512 KiB of float32, well inside a core's L2 cache
 MASK_LIMIT = 1 << 26  # bytes of one dropout mask; above it the mask is drawn block by block
 
 
@@ -64,7 +65,8 @@ def key_rows(k: Tensor, at: Block) -> Tensor:
 
 
 def mask_rows(mask: Tensor, s: Shape, at: Block) -> Tensor:
-    """(batch | 1, all heads | 1, queries | 1, keys | 1) -> broadcastable to (items, heads, group, rows, visible keys)."""
+    """(batch | 1, all heads | 1, queries | 1, keys | 1) -> broadcastable to (items, heads, group, rows, visible
+    keys)."""
     part = mask[at.items] if mask.shape[0] > 1 else mask
     part = part[:, :, at.queries] if mask.shape[2] > 1 else part
     part = part[..., : at.keys] if mask.shape[3] > 1 else part
@@ -78,11 +80,18 @@ class Masks(NamedTuple):
     causal: bool
     dropout: float
     keep: Tensor | None  # boolean, for all scores
+    blind: Tensor | None  # boolean, keys dimension 1: the queries that see no key, where there are any
+
+
+def add_scores(total: Tensor | None, q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """total + scale q k^T in one product, the scale inside it."""
+    room = q.new_empty(*q.shape[:2], k.shape[1]) if total is None else total
+    return room.baddbmm_(q, k.transpose(1, 2), beta=0 if total is None else 1, alpha=scale)
 
 
 def probabilities(q: Tensor, k: Tensor, scale: float, m: Masks, s: Shape, at: Block) -> Tensor:
     """softmax(scale q k^T + mask) of one block; rows that see no key are zero, as torch has it."""
-    scores = torch.bmm(q, k.transpose(1, 2)).mul_(scale)
+    scores = add_scores(None, q, k, scale)
     wide = scores.view(-1, s.heads, s.group, at.queries.stop - at.queries.start, at.keys)
     if m.causal and at.keys > at.queries.start:
         ranks = torch.arange(at.queries.start, at.queries.stop, device=q.device).unsqueeze(1)
@@ -90,13 +99,18 @@ def probabilities(q: Tensor, k: Tensor, scale: float, m: Masks, s: Shape, at: Bl
     if m.bias is None:
         return torch.softmax(scores, -1)
     bias = mask_rows(m.bias, s, at)
-    if bias.dtype == torch.bool:
-        wide.masked_fill_(~bias, -math.inf)
-        blind = ~bias.any(-1, keepdim=True)
-    else:
-        wide.add_(bias)
-        blind = (bias == -math.inf).all(-1, keepdim=True)
-    return torch.softmax(wide, -1).masked_fill_(blind, 0).view(scores.shape)
+    if bias.dtype == torch.bool:  # as numbers it is one addition; a fill by a broadcast mask is six times slower
+        bias = torch.zeros_like(bias, dtype=q.dtype).masked_fill_(~bias, -math.inf)
+    p = torch.softmax(wide.add_(bias), -1)
+    return (p if m.blind is None else p.masked_fill_(mask_rows(m.blind, s, at), 0)).view(scores.shape)
+
+
+def sightless(bias: Tensor | None) -> Tensor | None:
+    """The queries that a mask leaves without a key, or None where there are none."""
+    if bias is None:
+        return None
+    blind = ~bias.any(-1, keepdim=True) if bias.dtype == torch.bool else bias.amax(-1, keepdim=True) == -math.inf
+    return blind if bool(blind.any()) else None
 
 
 def kept(p: Tensor, m: Masks, s: Shape, at: Block) -> Tensor | None:
@@ -117,7 +131,8 @@ def draw(s: Shape, p: float, like: Tensor) -> Tensor | None:
 
 
 def blank(q: Tensor, width: int) -> Tensor:
-    """An output (batch, all heads, queries, width) whose memory order is (batch, queries, heads, width), as the models read it."""
+    """An output (batch, all heads, queries, width) whose memory order is (batch, queries, heads, width), as the
+    models read it."""
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], width).transpose(1, 2)
 
 
@@ -150,12 +165,9 @@ def score_tangent(x: Point, d: Tangent, q: Tensor, k: Tensor, at: Block) -> Tens
     """ds = c (dq k^T + q dk^T) + dmask of one block, or None where it is zero."""
     ds: Tensor | None = None
     if d.q is not None:
-        ds = torch.bmm(query_rows(d.q, x.shape, at), k.transpose(1, 2))
+        ds = add_scores(ds, query_rows(d.q, x.shape, at), k, x.scale)
     if d.k is not None:
-        dk = key_rows(d.k, at).transpose(1, 2)
-        ds = torch.bmm(q, dk) if ds is None else ds.baddbmm_(q, dk)
-    if ds is not None:
-        ds.mul_(x.scale)
+        ds = add_scores(ds, q, key_rows(d.k, at), x.scale)
     if d.mask is not None:
         rows = at.queries.stop - at.queries.start
         wide = (-1, x.shape.heads, x.shape.group, rows, at.keys)
@@ -166,7 +178,9 @@ def score_tangent(x: Point, d: Tangent, q: Tensor, k: Tensor, at: Block) -> Tens
     return ds
 
 
-def output_tangent(d: Tangent, ds: Tensor | None, p: Tensor, keep: Tensor | None, v: Tensor, at: Block) -> Tensor | None:
+def output_tangent(
+    d: Tangent, ds: Tensor | None, p: Tensor, keep: Tensor | None, v: Tensor, at: Block
+) -> Tensor | None:
     """do = dp v + p dv of one block."""
     out: Tensor | None = None
     if ds is not None:
@@ -179,7 +193,8 @@ def output_tangent(d: Tangent, ds: Tensor | None, p: Tensor, keep: Tensor | None
 
 
 def attend(x: Point, directions: list[Tangent]) -> tuple[Tensor, list[Tensor]]:
-    """o and its tangents, block by block: a block's probabilities serve the value and every direction, then are gone."""
+    """o and its tangents, block by block: a block's probabilities serve the value and every direction, then are
+    gone."""
     y, *dy = (blank(x.q, x.v.shape[-1]) for _ in range(1 + len(directions)))
     for at in blocks(x.shape, x.masks.causal):
         q, k, v = query_rows(x.q, x.shape, at), key_rows(x.k, at), key_rows(x.v, at)
@@ -195,7 +210,7 @@ def attend(x: Point, directions: list[Tangent]) -> tuple[Tensor, list[Tensor]]:
 
 def four(x: Tensor | None, dims: int) -> Tensor | None:
     """An argument of 2, 3 or 4 dimensions in the (batch, heads, tokens, width) form; `dims` are the query's."""
-    if x is None or dims == 4 and x.dim() == 4:
+    if x is None or (dims == 4 and x.dim() == 4):
         return x
     if dims == 3:
         x = x.unsqueeze(0) if x.dim() == 2 else x
@@ -221,9 +236,11 @@ def attention(
         raise ValueError("scaled_dot_product_attention: give attn_mask or is_causal=True, not both.")
     dims = query.dim()
     q, k, v, bias = (four(lowered(a), dims) for a in (query, key, value, attn_mask))
-    assert q is not None and k is not None and v is not None
+    assert q is not None
+    assert k is not None
+    assert v is not None
     shape = sizes(q, k, v, enable_gqa)
-    masks = Masks(bias, is_causal, dropout_p, draw(shape, dropout_p, q))
+    masks = Masks(bias, is_causal, dropout_p, draw(shape, dropout_p, q), sightless(bias))
     point = Point(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, masks, shape)
     directions = [Tangent(*(four(lowered(t), dims) for t in arguments(*a, **kw))) for a, kw in op.directions]
     with torch.autocast(q.device.type, enabled=False):

@@ -2,10 +2,11 @@
 
     dual = value + sum_k eps_k tangent_k          f(dual) = f(value) + sum_k eps_k f'(value) tangent_k
 
-`Dual` is a subclass of Tensor without memory of its own, so that model code takes it for a tensor and every function of torch that it
-reaches comes to `__torch_function__` here. The function's own rule answers (registry.py), or torch's forward mode (fallback.py). Where
-code goes round that door (TorchScript, compiled extensions), `__torch_dispatch__` stops it with an error: no tangent is lost in silence.
-Functions of plain tensors never come here, so what lies before the first perturbed value costs nothing.
+`Dual` is a subclass of Tensor without memory of its own, so that model code takes it for a tensor and every function
+of torch that it reaches comes to `__torch_function__` here. The function's own rule answers (registry.py), or torch's
+forward mode (fallback.py). Where code goes round that door (TorchScript, compiled extensions), `__torch_dispatch__`
+stops it with an error: no tangent is lost in silence. Functions of plain tensors never come here, so what lies before
+the first perturbed value costs nothing.
 """
 
 from __future__ import annotations
@@ -50,9 +51,9 @@ class Dual(Tensor):
             return call(func, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore
         raise NotImplementedError(
-            f"spryfl.jvp: {func} was called from compiled code (TorchScript, a C++ extension), where tangents cannot follow.\n"
+            f"spryfl.jvp: {func} was called from compiled code (TorchScript, a C++ extension): no tangent follows.\n"
             "    Call the plain Python version of that code."
         )
 
@@ -92,7 +93,9 @@ def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     if func in IN_PLACE or func is Tensor.__setitem__ or _ends_in_place(func):
         return write(func, args, kwargs)
     if kwargs.get("out") is not None:
-        raise NotImplementedError(f"spryfl.jvp: {resolve_name(func)} with out= is not supported. Use its result instead.")
+        raise NotImplementedError(
+            f"spryfl.jvp: {resolve_name(func)} with out= is not supported. Use its result instead."
+        )
     at = INPLACE_ARGUMENT.get(name or "", len(args))
     inplace = kwargs.get("inplace", False) or (len(args) > at and args[at])
     kwargs = {k: v for k, v in kwargs.items() if k not in ("inplace", "out")}
@@ -144,9 +147,11 @@ def write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func is Tensor.__setitem__:
         return set_item(*args)
     name = IN_PLACE.get(func, func.__name__.rstrip("_"))
-    plain = getattr(Tensor, name, None)
+    plain: Any = getattr(Tensor, name, None)
     if plain is None and name not in ("zero", "fill", "copy"):
-        raise NotImplementedError(f"spryfl.jvp: no forward-mode rule for {resolve_name(func)}. Use its out-of-place form.")
+        raise NotImplementedError(
+            f"spryfl.jvp: no forward-mode rule for {resolve_name(func)}. Use its out-of-place form."
+        )
     if name in ("zero", "fill", "copy"):
         new = args[1] if len(args) > 1 else 0.0
         return store(args[0], new, func)

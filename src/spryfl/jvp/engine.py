@@ -2,9 +2,10 @@
 
     value = f(params)        tangents[k] = d/dt f(params + t directions[k]) at t = 0
 
-Cost: one pass of values for all K, and one pass of tangents per direction from the first perturbed value on: 1 + K share passes.
-Memory: the values and K tangents that are live at one moment; nothing is kept for a backward pass. Chunks of K bound it.
-The arithmetic is forward-mode automatic differentiation: Wengert, A simple automatic derivative evaluation program, CACM 7 (1964).
+Cost: one pass of values for all K, and one pass of tangents per direction from the first perturbed value on: 1 + K
+share passes. Memory: the values and K tangents that are live at one moment; nothing is kept for a backward pass.
+Chunks of K bound it. The arithmetic is forward-mode automatic differentiation: Wengert, A simple automatic derivative
+evaluation program, CACM 7 (1964).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .dual import Dual, demote, promoted
+from .memory import pool
 
 Function = Callable[[dict[str, Tensor]], Any]
 
@@ -26,15 +28,16 @@ def jvp(
     """A function's value and its derivatives in K directions: tangents[k] = d/dt f(params + t directions[k]) at t = 0.
 
     Arguments:
-        f: from named tensors to a tensor or a tuple of tensors; typically `torch.func.functional_call` on a model. It is run once
+        f: from named tensors to a tensor or a tuple of tensors; typically `torch.func.functional_call` on a model. It
+        is run once
             per chunk, without a gradient graph. What it draws at random it must seed itself, so that chunks agree.
         params: name -> tensor, all that `f` reads from its argument.
         directions: name -> (K, *shape of the parameter), for the perturbed names; the others' tangents are zero.
         chunk: directions at once, K where None. A smaller one bounds memory and costs one more run of values per chunk.
 
     Returns:
-        value, what `f` returns, and tangents, (K, *value.shape) for each tensor of it; zero where it does not depend on what
-        was perturbed.
+        value, what `f` returns, and tangents, (K, *value.shape) for each tensor of it; zero where it does not depend
+        on what was perturbed.
 
     Raises:
         ValueError: a name or a shape does not fit.
@@ -60,7 +63,9 @@ def check(params: Mapping[str, Tensor], directions: Mapping[str, Tensor], chunk:
         raise ValueError("directions is empty. Give at least one name of params with a tensor of shape (K, *shape).")
     unknown = sorted(directions.keys() - params.keys())
     if unknown:
-        raise ValueError(f"directions has names that params lacks: {', '.join(unknown)}.\n    params has: {some(params)}.")
+        raise ValueError(
+            f"directions has names that params lacks: {', '.join(unknown)}.\n    params has: {some(params)}."
+        )
     counts = {n: len(d) if d.dim() else 0 for n, d in directions.items()}
     k = next(iter(counts.values()))
     for name, d in directions.items():
@@ -86,7 +91,7 @@ def some(names: Mapping[str, Any], limit: int = 8) -> str:
 def run(f: Function, params: Mapping[str, Tensor], directions: Mapping[str, Tensor]) -> tuple[Any, Any]:
     """One run of f for one chunk of directions."""
     k = len(next(iter(directions.values())))
-    token = promoted.set([])
+    tokens = promoted.set([]), pool.set({})
     try:
         with torch.no_grad():
             point = {n: start(p, directions[n]) if n in directions else p.detach() for n, p in params.items()}
@@ -94,7 +99,8 @@ def run(f: Function, params: Mapping[str, Tensor], directions: Mapping[str, Tens
     finally:
         for x in promoted.get():
             demote(x)
-        promoted.reset(token)
+        promoted.reset(tokens[0])
+        pool.reset(tokens[1])
 
 
 def start(p: Tensor, d: Tensor) -> Dual:

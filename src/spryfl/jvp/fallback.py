@@ -1,12 +1,15 @@
 """Torch's own forward mode for operations without a rule of ours: right, and once per direction.
 
-Each direction runs the operation again on dual tensors of `torch.autograd.forward_ad`, from the same state of the random generators, so a
-random operation draws one mask. Attention hidden inside a composite operation is given torch's mathematical form, which has a
-derivative. Torch hands back no tangent where an operation has none to give; that is an error here, never a zero.
+Each direction runs the operation again on dual tensors of `torch.autograd.forward_ad`, from the same state of the
+random generators, so a random operation draws one mask. Attention hidden inside a composite operation is given
+torch's mathematical form, which has a derivative. Torch hands back no tangent where an operation has none to give;
+that is an error here, never a zero.
 """
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,8 +21,19 @@ from torch.overrides import resolve_name
 from .registry import Op
 
 
+@cache
+def prepare() -> None:
+    """Let torch load its forward-mode formulas: done once, as its deprecation warnings on the way are none of the
+    caller's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        with forward_ad.dual_level():
+            forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
+
+
 def stock(op: Op, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
     """Value and tangents of one operation by `forward_ad`."""
+    prepare()
     cuda = [a.device for a in args if isinstance(a, Tensor) and a.is_cuda][:1]
     y, dy = None, []
     state = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in cuda)]
@@ -73,5 +87,7 @@ def parts(op: Op, y: Any) -> tuple[Any, Any]:
     if isinstance(y, list | tuple):
         both = [parts(op, e) for e in y]
         made = [v for v, _ in both]
-        return made if isinstance(y, list) else type(y)(made) if hasattr(y, "n_fields") else tuple(made), [d for _, d in both]
+        return made if isinstance(y, list) else type(y)(made) if hasattr(y, "n_fields") else tuple(made), [
+            d for _, d in both
+        ]
     return y, None

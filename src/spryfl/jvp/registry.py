@@ -4,12 +4,13 @@ A rule computes an operation's value once and hands back a `push`, the operation
 
     rule(op, *args, **kwargs) -> (y, push)          push(*tangents, **tangents) -> dy
 
-`push` takes the operation's own arguments with each replaced by its tangent in ONE direction, or by None where that tangent is
-zero or has no meaning (a shape, a mask); the engine calls it once per direction. So the value and whatever the derivative needs
-(softmax's probabilities, GELU's slope) are computed once for all K, and no product with a tangent of zeros is ever formed.
-A returned dy must be new memory, save for operations that return a view of their input. A rule that must see all directions
-beside the value (attention, whose probabilities are gone after each block) returns the list of its K tangents in place of `push`.
-A rule that does not cover a call raises NotImplementedError, and torch's own forward mode takes it.
+`push` takes the operation's own arguments with each replaced by its tangent in ONE direction, or by None where that
+tangent is zero or has no meaning (a shape, a mask); the engine calls it once per direction. So the value and whatever
+the derivative needs (softmax's probabilities, GELU's slope) are computed once for all K, and no product with a
+tangent of zeros is ever formed. A returned dy must be new memory, save for operations that return a view of their
+input. A rule that must see all directions beside the value (attention, whose probabilities are gone after each block)
+returns the list of its K tangents in place of `push`. A rule that does not cover a call raises NotImplementedError,
+and torch's own forward mode takes it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ Push = Callable[..., Any]
 
 
 class Op(NamedTuple):
-    """The operation that was called, and the tangents of its arguments in each direction: what `push` will be called with."""
+    """The operation that was called, and the tangents of its arguments in each direction: what `push` will be called
+    with."""
 
     func: Callable[..., Any]
     directions: list[tuple[tuple[Any, ...], dict[str, Any]]]
@@ -67,7 +69,7 @@ def callables(name: str) -> Iterator[Any]:
         found = getattr(owner, name, None)
         if callable(found):
             yield found
-        elif owner is torch.Tensor and hasattr(found, "__get__"):
+        elif owner is torch.Tensor and found is not None and hasattr(found, "__get__"):
             yield found.__get__
 
 

@@ -1,7 +1,8 @@
 """Rules of layer norm, RMS norm, softmax and cross entropy.
 
-Layer norm's Jacobian, its weight w apart, is J = r (I - 1 1^T/n - x^ x^^T/n) with x^ the normalised value: symmetric, so torch's one-pass
-kernel of the backward pass computes J dx, and the weight is one multiplication. Softmax's is diag(p) - p p^T: symmetric too.
+Layer norm's Jacobian, its weight w apart, is J = r (I - 1 1^T/n - x^ x^^T/n) with x^ the normalised value: symmetric,
+so torch's one-pass kernel of the backward pass computes J dx, and the weight is one multiplication. Softmax's is
+diag(p) - p p^T: symmetric too.
 
     layer norm   dy = w J dx + x^ dw + db                     softmax        dp = p (dx - <p, dx>)
     RMS norm     dy = w r (dx - x^ <x^, dx>/n) + x^ dw        cross entropy  dl_i = <p_i, dx_i> - dx_i[t_i]
@@ -24,7 +25,9 @@ ATEN = torch.ops.aten
 def layer_norm(
     op: Op, input: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
 ) -> tuple[Tensor, Push]:
-    if torch.is_autocast_enabled(input.device.type) or any(p is not None and p.dtype != input.dtype for p in (weight, bias)):
+    if torch.is_autocast_enabled(input.device.type) or any(
+        p is not None and p.dtype != input.dtype for p in (weight, bias)
+    ):
         raise NotImplementedError  # mixed types: torch knows the promotion
     x, shape, w = input.contiguous(), list(normalized_shape), weight
     y, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
@@ -111,7 +114,7 @@ def cross_entropy(
 
     def push(d: Tensor, *_: Any, **__: Any) -> Tensor:
         d = d.movedim(classes, -1).reshape(rows.shape)
-        mean = torch.bmm(p.unsqueeze(1), d.unsqueeze(2)).reshape(-1)  # <p_i, dx_i> without a product of the logits' size
+        mean = torch.bmm(p.unsqueeze(1), d.unsqueeze(2)).reshape(-1)  # <p_i, dx_i>, without their product in memory
         losses = (mean - d.gather(1, column).squeeze(1)) * share
         return losses.view(target.shape) if reduction == "none" else losses.sum()
 

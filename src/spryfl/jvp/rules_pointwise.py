@@ -1,7 +1,8 @@
 """Rules of pointwise operations: dy = f'(x) dx.
 
-For one direction the slope and the product are one fused kernel where torch has it (GELU, SiLU, tanh, sigmoid: the kernels of its
-backward pass, which for a diagonal Jacobian are its forward mode too). For several, the slope is computed once and multiplied K times.
+For one direction the slope and the product are one fused kernel where torch has it (GELU, SiLU, tanh, sigmoid: the
+kernels of its backward pass, which for a diagonal Jacobian are its forward mode too). For several, the slope is
+computed once and multiplied K times.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .memory import empty
 from .registry import Op, Push, add_into, rule
 
 ATEN = torch.ops.aten
@@ -42,7 +44,9 @@ def _slope(d: Callable[[Any, Tensor, Tensor], Tensor], op: Op, x: Tensor, y: Ten
     if len(op.directions) == 1:
         return lambda dx, *_, **__: d(dx.to(y.dtype), x, y)
     slope = d(torch.ones_like(y), x, y)
-    return lambda dx, *_, **__: dx * slope
+    return lambda dx, *_, **__: (
+        torch.mul(dx, slope, out=empty(y.shape, y.dtype, y.device)) if dx.dtype == y.dtype else dx * slope
+    )
 
 
 def _unary(d: Callable[[Any, Tensor, Tensor], Tensor]) -> Callable[..., tuple[Tensor, Push]]:
@@ -60,7 +64,12 @@ for _name, _d in SLOPES.items():
 @rule("gelu")
 def gelu(op: Op, input: Tensor, *, approximate: str = "none") -> tuple[Tensor, Push]:
     y = op.func(input, approximate=approximate)
-    return y, _slope(lambda d, x, y: ATEN.gelu_backward(d, x, approximate=approximate), op, input, y)
+
+    def slope(d: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        room = empty(y.shape, y.dtype, y.device)
+        return ATEN.gelu_backward.grad_input(d, x, approximate=approximate, grad_input=room)
+
+    return y, _slope(slope, op, input, y)
 
 
 @rule("pow")
@@ -68,11 +77,13 @@ def power(op: Op, input: Any, exponent: Any) -> tuple[Tensor, Push]:
     y = torch.pow(input, exponent)
 
     def push(dx: Tensor | None, dp: Tensor | None = None) -> Tensor:
-        out = None if dx is None else dx * (2 * input if _is(exponent, 2) else exponent * torch.pow(input, exponent - 1))
+        out = (
+            None if dx is None else dx * (2 * input if _is(exponent, 2) else exponent * torch.pow(input, exponent - 1))
+        )
         if dp is None:
             assert out is not None
             return out
-        log = torch.as_tensor(input).log()
+        log = torch.as_tensor(input, dtype=y.dtype, device=y.device).log()
         return add_into(out, dp * torch.where(y == 0, 0, y * log))
 
     return y, push

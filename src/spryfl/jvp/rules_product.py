@@ -1,7 +1,8 @@
 """Rules of products: d(ab) = da b + a db, each term only where its tangent is not zero.
 
-A frozen weight has none, so a linear map costs its value's product and one more per direction: the 2.0 of the arithmetic, where the
-stock rule multiplies a tangent of zeros as well. Accumulation goes into the first product's memory.
+A frozen weight has none, so a linear map costs its value's product and one more per direction: the 2.0 of the
+arithmetic, where the stock rule multiplies a tangent of zeros as well. Accumulation goes into the first product's
+memory.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .memory import empty
 from .registry import Op, Push, add_into, rule
 
 
@@ -52,7 +54,7 @@ def linear(op: Op, input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     x, w, y = input, weight, op.func(input, weight, bias)
 
     def push(input: Tensor | None, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        out = None if input is None else F.linear(input, w)
+        out = None if input is None else _times(input, w)
         out = out if weight is None else _add_product(out, x, weight)
         if out is None:
             assert bias is not None
@@ -60,6 +62,16 @@ def linear(op: Op, input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
         return out if bias is None else add_into(out, bias)
 
     return y, push
+
+
+def _times(dx: Tensor, w: Tensor) -> Tensor:
+    """dx w^T, in memory that an earlier layer used where it can be."""
+    shape = (*dx.shape[:-1], w.shape[0])
+    if dx.dtype != w.dtype or w.dim() != 2 or dx.dim() < 2 or torch.is_autocast_enabled(dx.device.type):
+        return F.linear(dx, w)
+    out = empty(shape, dx.dtype, dx.device)
+    torch.mm(dx.reshape(-1, dx.shape[-1]), w.t(), out=out.view(-1, shape[-1]))
+    return out
 
 
 def _add_product(out: Tensor | None, x: Tensor, dw: Tensor) -> Tensor:
@@ -73,31 +85,30 @@ def _add_product(out: Tensor | None, x: Tensor, dw: Tensor) -> Tensor:
 
 
 @rule("addmm", "baddbmm", "addmv", "addbmm")
-def add_product(op: Op, input: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> tuple[Tensor, Push]:
-    y = op.func(input, a, b, beta=beta, alpha=alpha)
-    empty = y.new_zeros(()).expand(y.shape)
+def add_product(op: Op, *args: Any, beta: float = 1, alpha: float = 1, **named: Any) -> tuple[Tensor, Push]:
+    (c, a, b), scale = (*args, *named.values()), {"beta": beta, "alpha": alpha}
+    y = op.func(c, a, b, **scale)
+    none = y.new_zeros(()).expand(y.shape)
 
-    def push(di: Tensor | None, da: Tensor | None = None, db: Tensor | None = None, **_: Any) -> Tensor:
-        out = None if di is None else (di * beta).to(y.dtype).expand(y.shape)
-        for left, right in ((da, b), (a, db)):
-            if left is not None and right is not None:
-                base, scale = (empty, 0) if out is None else (out, 1)
-                out = op.func(base, left, right, beta=scale, alpha=alpha)
-        assert out is not None
-        return out.clone() if da is None and db is None else out
+    def push(*tangents: Any, beta: None = None, alpha: None = None, **named: Any) -> Tensor:
+        dc, da, db = *tangents, *named.values()
+        if da is None and db is None:
+            return (dc * scale["beta"]).expand(y.shape).clone()
+        out = op.func(none if dc is None else dc, *((da, b) if da is not None else (a, db)), **scale)
+        return op.func(out, a, db, beta=1, alpha=scale["alpha"]) if da is not None and db is not None else out
 
     return y, push
 
 
 @rule("addcmul")
-def addcmul(op: Op, input: Tensor, a: Tensor, b: Tensor, *, value: float = 1) -> tuple[Tensor, Push]:
-    def push(di: Tensor | None, da: Tensor | None = None, db: Tensor | None = None, **_: Any) -> Tensor:
-        out = None if di is None else di.clone()
-        if da is not None:
-            out = add_into(out, da * b * value)
-        if db is not None:
-            out = add_into(out, a * db * value)
-        assert out is not None
-        return out
+def addcmul(op: Op, *args: Any, value: float = 1, **named: Any) -> tuple[Tensor, Push]:
+    (c, a, b), times = (*args, *named.values()), value
+    y = op.func(c, a, b, value=value)
 
-    return torch.addcmul(input, a, b, value=value), push
+    def push(*tangents: Any, value: None = None, **named: Any) -> Tensor:
+        dc, da, db = *tangents, *named.values()
+        out = None if dc is None else dc.expand(y.shape).clone()
+        out = out if da is None else add_into(out, da * b * times)
+        return out if db is None and out is not None else add_into(out, a * db * times)
+
+    return y, push
