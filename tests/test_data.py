@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from spryfl import data, docstrings
+from spryfl import data
+from spryfl.data import docstrings
 
 WORDS = "red blue green old new big small warm cold slow".split()  # noqa: SIM905
 

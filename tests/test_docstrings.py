@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from spryfl import docstrings
-from spryfl.docstrings import PACKAGES, Row, paragraphs
+from spryfl.data import docstrings
+from spryfl.data.docstrings import PACKAGES, Row, paragraphs
 
 Sides = tuple[tuple[Row, ...], tuple[Row, ...], str]
 
@@ -93,11 +93,11 @@ def test_groups_make_forty_clients(sides: Sides) -> None:
 
 def test_another_process_makes_the_same_rows_and_imports_none_of_the_packages(sides: Sides) -> None:
     code = (
-        "import hashlib, sys; from spryfl import docstrings; sides = docstrings.build();"
+        "import hashlib, sys; from spryfl.data import docstrings; sides = docstrings.build();"
         "print(hashlib.sha256(repr(sides).encode()).hexdigest(),"
         " [name for name in ('pandas', 'sympy', 'torch', 'transformers') if name in sys.modules])"
     )
-    source = str(Path(docstrings.__file__).parents[1])
+    source = str(Path(docstrings.__file__).parents[2])
     environment = os.environ | {"PYTHONHASHSEED": "12345", "PYTHONPATH": source}
     out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert out.stdout.split(maxsplit=1) == [digest(sides), "[]\n"]

@@ -1,4 +1,4 @@
-"""Laws that every estimator keeps: same seed same result, nothing moved, the mean and the variance that theory gives."""
+"""Laws that every estimator keeps: same seed same result, nothing moved, mean and variance as theory gives."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from spryfl.estimators import ESTIMATORS, backprop, forward
 from spryfl.noise import child_seed, expand
 from spryfl.types import Passes
 
-# Every registered estimator stands here with the settings it is tested at; a new one fails the first test until it does.
+# Every registered estimator stands here with the settings it is tested at; a new one fails the first test until then.
 CASES = {
     "backprop": [{}, {"checkpoint": True}],
     "forward": [
@@ -48,7 +48,9 @@ def test_same_seed_same_result_and_nothing_is_moved(name, options):
 @pytest.mark.parametrize(("name", "options"), ALL)
 def test_the_loss_is_the_loss(name, options):
     params, batch = problem()
-    assert ESTIMATORS[name](**options)(Toy(), params, batch, 1).loss == pytest.approx(float(Toy()(params, batch)), rel=1e-12)
+    assert ESTIMATORS[name](**options)(Toy(), params, batch, 1).loss == pytest.approx(
+        float(Toy()(params, batch)), rel=1e-12
+    )
 
 
 @pytest.mark.parametrize(("name", "options"), ALL)
@@ -106,7 +108,9 @@ def test_the_coefficient_is_the_jvp_over_k_in_float32():
 
 def test_directions_of_one_estimate_and_of_two_steps_all_differ():
     params, batch = problem()
-    seeds = [t.seed for step in range(5) for t in forward(directions=4)(Toy(), params, batch, child_seed(0, step)).terms]
+    seeds = [
+        t.seed for step in range(5) for t in forward(directions=4)(Toy(), params, batch, child_seed(0, step)).terms
+    ]
     assert len(set(seeds)) == 20
 
 

@@ -58,7 +58,9 @@ def ia3(targets: tuple[str, ...] = (), feedforward: tuple[str, ...] = ()) -> Ada
     """IA3: one learned factor for each output of `targets`, for each input of those named in `feedforward` too."""
     if set(feedforward) - set(targets):
         raise ValueError(f"feedforward = {list(feedforward)} of ia3 must be among targets = {list(targets)}.")
-    named: dict[str, Any] = {"target_modules": list(targets), "feedforward_modules": list(feedforward)} if targets else {}
+    named: dict[str, Any] = (
+        {"target_modules": list(targets), "feedforward_modules": list(feedforward)} if targets else {}
+    )
     return lambda head: IA3Config(modules_to_save=list(head), **named)
 
 
@@ -127,7 +129,7 @@ def adapted(module: PeftModel) -> Adapted:
 
 
 def _unit_of(name: str, prefix: str) -> tuple[str, bool]:
-    """The unit that a value belongs to, and whether that is the head's: LoRA's A and B share one, so do a layer's biases."""
+    """A value's unit, and whether that is the head's: LoRA's A and B share one, so do a layer's biases."""
     short = name.removeprefix("base_model.model.")
     if ".modules_to_save." in short:
         return re.sub(r"\.modules_to_save\.[^.]+", "", short).rpartition(".")[0], True

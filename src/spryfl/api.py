@@ -1,4 +1,4 @@
-"""`finetune`, for Python: a Hugging Face model and a data set, or an Experiment, in; a history out. Costs what its rounds cost."""
+"""`finetune`, for Python: a model and a data set, or an Experiment, in; a history out. Costs what its rounds cost."""
 
 from __future__ import annotations
 
@@ -70,7 +70,9 @@ def _from_parts(model: Any, data: Any, tokenizer: Any, method: Any, settings: di
         given["model"] = {"name": str(model), **given.get("model", {})}
     module = model if isinstance(model, nn.Module) else None
     if (module is None) != (tokenizer is None):
-        raise ValueError("a model given as a module needs its tokenizer, and a tokenizer its module. Give both or a name.")
+        raise ValueError(
+            "a model given as a module needs its tokenizer, and a tokenizer its module. Give both or a name."
+        )
     corpus = None if data is None or isinstance(data, str | Path) else _corpus(data, parse(given))
     return prepared(parse(given), corpus, module, tokenizer)
 
@@ -78,8 +80,8 @@ def _from_parts(model: Any, data: Any, tokenizer: Any, method: Any, settings: di
 def _corpus(data: Any, experiment: Experiment) -> source.Corpus:
     d = experiment.data
     train, test = data if isinstance(data, tuple) else (data, None)
-    columns = {"text": d.text, "pair": d.pair, "label": d.label, "group": d.group}
-    limits = {"test_share": d.test_share, "train_rows": d.train_rows, "test_rows": d.test_rows}
+    columns: dict[str, Any] = {"text": d.text, "pair": d.pair, "label": d.label, "group": d.group}
+    limits: dict[str, Any] = {"test_share": d.test_share, "train_rows": d.train_rows, "test_rows": d.test_rows}
     return source.from_datasets(train, test, **columns, **limits, seed=experiment.seed)
 
 
@@ -92,10 +94,11 @@ def prepared(
     corpus = corpus or job.read(experiment)
     if module is None:
         return job.prepare(experiment, corpus, job.load_model(experiment, corpus.labels))
-    if module.config.num_labels != len(corpus.labels):
+    named: Any = module.config
+    if named.num_labels != len(corpus.labels):
         raise ValueError(
-            f"the model has {module.config.num_labels} labels and the data {len(corpus.labels)}: {', '.join(corpus.labels)}. "
-            f"Load the model with num_labels={len(corpus.labels)}."
+            f"the model has {named.num_labels} labels and the data {len(corpus.labels)} "
+            f"({', '.join(corpus.labels)}). Load the model with num_labels={len(corpus.labels)}."
         )
     options = dict(experiment.adapter)
     model = models.prepare(
@@ -103,7 +106,7 @@ def prepared(
         tokenizer,
         corpus.labels,
         ADAPTERS[options.pop("kind")](**options),
-        source=module.config.name_or_path,
+        source=named.name_or_path,
         seed=noise.child_seed(experiment.seed, "model"),
         device=experiment.device,
     )
@@ -113,8 +116,9 @@ def prepared(
 def _history(made: Job, folder: Path | None, on_record: Callable[[dict[str, Any]], None]) -> History:
     opened, state, progress = job.begin(made, folder)
     records, final = [], state
-    for record, final in job.run(made, opened, state, progress):
+    for record, latest in job.run(made, opened, state, progress):
         records.append(record)
+        final = latest
         on_record(record)
     if not made.plan.method.alone:
         models.carry(made.model, final.params)

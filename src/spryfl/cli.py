@@ -33,7 +33,7 @@ err = Console(stderr=True)
 Config = Annotated[Path | None, typer.Option("--config", "-c", help="TOML file of an experiment.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Any setting: --set train.rounds=10. May be repeated.")]
 Method = Annotated[str | None, typer.Option("--method", "-m", help="A row of `spryfl methods`.")]
-Data = Annotated[str | None, typer.Option("--data", help="A file, a folder with train and test, a hub name, docstrings.")]
+Data = Annotated[str | None, typer.Option(help="A file, a folder with train and test, a hub name, docstrings.")]
 Seed = Annotated[int | None, typer.Option(help="Everything random follows from it.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps ...")]
 Threads = Annotated[int | None, typer.Option(help="Threads of PyTorch on the CPU.")]
@@ -86,7 +86,8 @@ def run(
     if dry_run:
         print(experiment.toml(), end="")
         return
-    folder = runs / experiment.name if name or (config and experiment.name) else _free(runs / experiment.name)
+    named = "name" in experiment.model_fields_set
+    folder = runs / experiment.name if named else _free(runs / experiment.name)
     if folder.exists():
         raise ValueError(f"the run folder {folder} is there already. Choose another --name, or: spryfl resume {folder}")
     _go(experiment, folder, fresh=True)
@@ -125,7 +126,10 @@ def methods_(name: Annotated[str | None, typer.Argument(help="A row, for all its
         return
     row = named(name)
     out.print(f"[bold]{row.name}[/]: {row.summary}\n{row.paper}\n")
-    _table(("choice", "value"), [(key, _shown(value)) for key, value in vars(row).items() if key not in ("summary", "paper")])
+    _table(
+        ("choice", "value"),
+        [(key, _shown(value)) for key, value in vars(row).items() if key not in ("summary", "paper")],
+    )
 
 
 @app.command()
@@ -200,7 +204,7 @@ def predict(
 ) -> None:
     """Labels with their names and probabilities for lines of text."""
     from spryfl import models, tasks
-    from spryfl.types import Examples
+    from spryfl.data.examples import Examples
 
     folder, card = _adapter(what)
     lines = [line for line in (texts or (line.rstrip("\n") for line in sys.stdin)) if line.strip()]
@@ -247,9 +251,11 @@ def _head(made: Job, folder: Path) -> None:
     adapter = sum(u.size for u in m.units if not u.head)
     head = sum(u.size for u in m.units if u.head)
     _notes(made.corpus)
-    cut = f"; {made.rows.cut} and {made.test.cut} were cut at {e.data.max_length} tokens" if made.rows.cut + made.test.cut else ""
-    out.print(f"data    {len(made.rows.labels)} training rows, {len(made.test.labels)} test rows, {len(m.labels)} classes{cut}")
-    out.print(f"model   {e.model.name}: {adapter} adapter values in {sum(not u.head for u in m.units)} units, {head} in the head")
+    rows, test = made.rows, made.test
+    cut = f"; {rows.cut} and {test.cut} texts were cut at {e.data.max_length} tokens" if rows.cut + test.cut else ""
+    out.print(f"data    {len(rows.labels)} training rows, {len(test.labels)} test rows, {len(m.labels)} classes{cut}")
+    units = sum(not u.head for u in m.units)
+    out.print(f"model   {e.model.name}: {adapter} adapter values in {units} units, {head} in the head")
     out.print(f"clients {made.plan.clients}, {made.plan.cohort} a round, {made.plan.rounds} rounds")
     row = METHODS.get(e.method.name)
     changed = [
@@ -273,7 +279,9 @@ def _tail(folder: Path) -> None:
         f"{run_.records[-1]['round']} rounds (best {last['best']:.4f} in round {last['best_round']})"
     )
     out.print(f"adapter {folder / 'adapter'}\npicture {folder / 'curves.png'}", soft_wrap=True)
-    out.print(f'next    spryfl predict {folder} "a sentence of yours"\n        spryfl run --method fedavg', soft_wrap=True)
+    out.print(
+        f'next    spryfl predict {folder} "a sentence of yours"\n        spryfl run --method fedavg', soft_wrap=True
+    )
 
 
 def _adapter(what: Path) -> tuple[Path, dict[str, Any]]:
@@ -322,10 +330,9 @@ def _partition(parts: Any, corpus: Any, statistics: Any) -> None:
     biggest = max(len(part) for part in parts)
     for client, part in enumerate(parts):
         counts = [sum(corpus.train.label[i] == c for i in part) for c in range(len(corpus.labels))]
-        bar = "".join(
-            f"[{shades[c % len(shades)]}]{(corpus.labels[c][0] if not out.is_terminal else '█') * round(60 * n / biggest)}[/]"
-            for c, n in enumerate(counts)
-        )
+        signs = ["█" if out.is_terminal else name[0] for name in corpus.labels]
+        widths = [round(60 * n / biggest) for n in counts]
+        bar = "".join(f"[{shades[c % len(shades)]}]{signs[c] * width}[/]" for c, width in enumerate(widths))
         out.print(f"{client:4d} {len(part):6d} {bar}", highlight=False)
     names = "  ".join(f"[{shades[c % len(shades)]}]{name}[/]" for c, name in enumerate(corpus.labels))
     out.print(f"\n{names}\n{statistics}", highlight=False)

@@ -31,9 +31,7 @@ class Local(NamedTuple):
     device: torch.device
 
 
-def run(
-    told: Instruction, estimator: Estimator, optimizer: Optimizer, local: Local, head_lr: float = 1.0
-) -> Update:
+def run(told: Instruction, estimator: Estimator, optimizer: Optimizer, local: Local, head_lr: float = 1.0) -> Update:
     """Takes the local steps that an instruction asks for; `head_lr` is a factor on the head's learning rate.
 
     Raises:

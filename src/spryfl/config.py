@@ -1,7 +1,7 @@
-"""An experiment as one frozen record: TOML in and out, defaults filled in, every cross-check made before any download.
+"""An experiment as one frozen record: TOML in and out, defaults filled in, every cross-check before any download.
 
-The options of a choice (`[method.estimator]`, `[adapter]`, `[partition.split]`, ...) are the arguments of its builder, so
-a new builder needs nothing here. An unknown key and a setting without effect are errors. Costs nothing.
+The options of a choice (`[method.estimator]`, `[adapter]`, `[partition.split]`, ...) are its builder's arguments, so a
+new builder needs nothing here. An unknown key and a setting without effect are errors. Costs nothing.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from spryfl.methods import METHODS, REGISTRIES, Method
 from spryfl.partition import PARTITIONS
 
 SCHEMA = 1
+_NAMING = ("kind", "name")  # a section that gives another one starts anew
 _STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 # Without a method of one's own, the default experiment: Spry with the choices that suit five minutes on a laptop.
 _DEFAULT_METHOD: dict[str, Any] = {"name": "spry", "head": "exact", "estimator": {"directions": 4}}
@@ -121,7 +122,8 @@ class Experiment(BaseModel):
         adapter = {} if self.model.adapter else resolve("adapter", ADAPTERS, self.adapter)
         if self.model.adapter and "adapter" in self.model_fields_set and self.adapter:
             raise ValueError(
-                f'[adapter] has no effect with model.adapter = "{self.model.adapter}" (it is loaded as it is). Remove one.'
+                f'[adapter] has no effect with model.adapter = "{self.model.adapter}": that one is loaded as it is. '
+                f"Remove one of them."
             )
         kind = {"kind": "natural" if self.data.name == "docstrings" or self.data.group else "dirichlet"}
         if kind["kind"] == "dirichlet":
@@ -138,7 +140,7 @@ class Experiment(BaseModel):
 
     @classmethod
     def load(cls, path: str | Path | None = None, changes: Mapping[str, Any] | None = None) -> Experiment:
-        """Reads a TOML file (or nothing) and changes given as a nested mapping; one ValueError says all that is wrong."""
+        """Reads a TOML file (or nothing) with changes as a nested mapping; one ValueError says all that is wrong."""
         return parse(merge(_read(path) if path else {}, changes or {}))
 
     def as_dict(self) -> dict[str, Any]:
@@ -165,10 +167,11 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
     """Nested mappings, `changes` over `base`. Another kind or method name starts anew: options of the old one go."""
     out = dict(base)
     for key, value in changes.items():
-        old = out.get(key)
+        old: Any = out.get(key)
         fits = isinstance(old, Mapping) and isinstance(value, Mapping)
-        renamed = fits and any(k in value and k in old and value[k] != old[k] for k in ("kind", "name") if key != "data")
-        out[key] = merge(old, value) if fits and not renamed else value  # type: ignore[arg-type]
+        # Other data keep their settings: a length limit or a column may well suit them too.
+        renamed = fits and key != "data" and any(old.get(k, value.get(k)) != value.get(k, old.get(k)) for k in _NAMING)
+        out[key] = merge(old, value) if fits and not renamed else value
     return out
 
 
@@ -193,7 +196,7 @@ def nested(key: str, value: Any) -> dict[str, Any]:
 
 def resolve(what: str, registry: Mapping[str, Callable[..., Any]], given: Mapping[str, Any]) -> dict[str, Any]:
     """A choice with all its options filled in and checked against its builder's signature and the builder itself."""
-    kind = given.get("kind")
+    kind: Any = given.get("kind")
     if callable(kind):
         return dict(given)
     if kind not in registry:
@@ -227,7 +230,7 @@ def _method(given: Mapping[str, Any]) -> Method:
     unknown = [key for key in given if key not in row or key in ("summary", "paper")]
     if unknown:
         keys = [key for key in row if key not in ("summary", "paper")]
-        raise ValueError(f'method.{unknown[0]} is unknown{_nearest(unknown[0], keys)}. Possible: {", ".join(keys)}.')
+        raise ValueError(f"method.{unknown[0]} is unknown{_nearest(unknown[0], keys)}. Possible: {', '.join(keys)}.")
     for what, registry in REGISTRIES.items():
         own = given.pop(what, {})
         own = {"kind": own} if isinstance(own, str) else own
@@ -242,7 +245,9 @@ def _consistent(experiment: Experiment) -> None:
     """What two settings together must not be."""
     train, clients = experiment.train, experiment.partition.clients
     if train.cohort > clients:
-        raise ValueError(f"train.cohort = {train.cohort} clients a round, but partition.clients = {clients}. Lower the cohort.")
+        raise ValueError(
+            f"train.cohort = {train.cohort} clients a round, but partition.clients = {clients}. Lower the cohort."
+        )
     if train.steps and "epochs" in train.model_fields_set and train.epochs != 0:
         raise ValueError(f"train.epochs = {train.epochs} has no effect with train.steps = {train.steps}. Remove one.")
     if not train.steps and not train.epochs:

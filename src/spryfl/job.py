@@ -8,8 +8,7 @@ from __future__ import annotations
 import datetime
 import platform
 import subprocess
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,10 +20,9 @@ from spryfl.adapters import ADAPTERS
 from spryfl.config import Experiment
 from spryfl.engines.simulate import simulation
 from spryfl.journal import Journal, Progress
-from spryfl.methods import Method
 from spryfl.models import Model
 from spryfl.tasks import Rows
-from spryfl.types import Batch, Params, ServerState, Unit
+from spryfl.types import Batch, Params, ServerState
 
 _SCORE_BATCH = 64  # rows; scoring keeps no activations
 
@@ -228,7 +226,12 @@ def export(job: Job, params: Params, folder: Path) -> None:
 def card(job: Job) -> dict[str, Any]:
     """What PEFT's format has no place for."""
     d = job.experiment
-    return {"model": d.model.name, "labels": list(job.model.labels), "max_length": d.data.max_length, "method": d.method.name}
+    return {
+        "model": d.model.name,
+        "labels": list(job.model.labels),
+        "max_length": d.data.max_length,
+        "method": d.method.name,
+    }
 
 
 def note(opened: Journal | None, **changes: Any) -> None:
@@ -278,13 +281,15 @@ def _version(name: str) -> str:
 
 def _commit() -> str:
     """The commit of the source tree, if the package runs from one."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
     try:
-        where = Path(__file__).parent
-        out = subprocess.run(["git", "rev-parse", "HEAD"], cwd=where, capture_output=True, text=True, timeout=5)
-        tracked = subprocess.run(["git", "ls-files", "--error-unmatch", __file__], cwd=where, capture_output=True, timeout=5)
+        return git("rev-parse", "HEAD") if git("ls-files", __file__) else ""
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return out.stdout.strip() if out.returncode == tracked.returncode == 0 else ""
 
 
 def _device(device: torch.device) -> str:

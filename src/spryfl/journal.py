@@ -1,10 +1,10 @@
-"""A run's folder: configuration, one record a round, the newest and the best state. Killed at any moment, it stays whole.
+"""A run's folder: configuration, one record a round, newest and best state. Killed at any moment, it stays whole.
 
     config.toml   run.json   records.jsonl   state/newest.spryfl   state/best.spryfl   adapter/   curves.png
 
-A round is appended to the records first and saved as state second, each flushed to the disk; a state replaces the old one
-in one step. On resuming, records past the state are dropped: those rounds are run again, to the same bits. Cost: a write
-of the trainable values and their optimizer state a round.
+A round is appended to the records first and saved as state second, each flushed to the disk; a state replaces the old
+one in one step. On resuming, records past the state are dropped: those rounds are run again, to the same bits. Cost: a
+write of the trainable values and their optimizer state a round.
 """
 
 from __future__ import annotations
@@ -112,7 +112,9 @@ def load(journal: Journal, which: str = NEWEST) -> tuple[ServerState, Progress]:
     except FileNotFoundError:
         raise ValueError(f"{path} is not there: the run ended before its first state. Start it again.") from None
     except ValueError as error:
-        raise ValueError(f"state {path}: {error} Copy another state over it (state/{BEST}.spryfl), or start again.") from None
+        raise ValueError(
+            f"state {path}: {error} Copy another state over it (state/{BEST}.spryfl), or start again."
+        ) from None
     return _state(header, tensors), Progress(**header["progress"])
 
 

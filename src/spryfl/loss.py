@@ -41,11 +41,8 @@ class ModelLoss:
         layout: list[Any] = []
 
         def features(params: Params) -> Features:
-            with self._masks(seed), _stopped_after(trunk) as stop:
-                try:
-                    self.logits(params, batch)
-                except _Reached:
-                    pass
+            with self._masks(seed), _stopped_after(trunk) as stop, contextlib.suppress(_Reached):
+                self.logits(params, batch)
             layout[:] = [type(stop.output), tuple(stop.output.keys())]  # its shape only: the values may be large
             return tuple(stop.output.values())
 
@@ -130,7 +127,7 @@ def _masks(module: nn.Module, seed: int | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _checkpointing(module: nn.Module) -> Iterator[None]:
-    """Each block keeps its input alone. The values that functional_call put in are bound now: on the way back they are gone."""
+    """Each block keeps its input alone. What functional_call put in is bound now: on the way back it is gone."""
     blocks = [m for m in module.modules() if isinstance(m, GradientCheckpointingLayer)]
     for block in blocks:
         block.forward = _recomputed(block, block.forward)
@@ -143,7 +140,8 @@ def _checkpointing(module: nn.Module) -> Iterator[None]:
 
 def _recomputed(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
-        values, training = dict(block.named_parameters()), block.training
+        values: dict[str, Tensor] = dict(block.named_parameters())
+        training = block.training
 
         def inner(*args: Any) -> Any:
             with _mode(block, training), _forward(block, forward):
@@ -183,5 +181,3 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
-
-

@@ -170,7 +170,11 @@ _ROWS = (
         paper="Chen et al. 2016, arXiv 1604.06174",
     ),
     replace(
-        _FEDAVG, name="fedavg_split", assignment=_SPRY.assignment, summary="FedAvg under Spry's split", paper=_SPRY.paper
+        _FEDAVG,
+        name="fedavg_split",
+        assignment=_SPRY.assignment,
+        summary="FedAvg under Spry's split",
+        paper=_SPRY.paper,
     ),
     replace(
         _FEDYOGI,
@@ -186,14 +190,18 @@ _ROWS = (
         summary="only the head is trained, on frozen features",
         paper="a baseline",
     ),
-    replace(_FEDAVG, name="pooled", sharing="pooled", summary="all data in one place, no federation", paper="a baseline"),
-    replace(_FEDAVG, name="alone", sharing="alone", summary="each client for itself, no federation", paper="a baseline"),
+    replace(
+        _FEDAVG, name="pooled", sharing="pooled", summary="all data in one place, no federation", paper="a baseline"
+    ),
+    replace(
+        _FEDAVG, name="alone", sharing="alone", summary="each client for itself, no federation", paper="a baseline"
+    ),
 )
 METHODS: dict[str, Method] = {row.name: row for row in _ROWS}
 
 
 def named(name: str, **changes: Any) -> Method:
-    """The row `name` of the table, some choices changed; an option of a choice is changed as `estimator={"kind": ...}`."""
+    """The row `name` of the table, some choices changed: `named("fedavg", schedule="linear")`."""
     if name not in METHODS:
         raise ValueError(f'method "{name}" is unknown. Possible: {", ".join(METHODS)}.')
     return replace(METHODS[name], **changes)

@@ -74,7 +74,7 @@ def load(
     return settled(model, tokenizer), tokenizer
 
 
-def settled(model: nn.Module, tokenizer: Any) -> nn.Module:
+def settled(model: Any, tokenizer: Any) -> Any:
     """Gives a decoder without a padding token one: its end-of-text token."""
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -126,9 +126,10 @@ def score(model: Model, params: Params, batches: Iterable[Batch]) -> tuple[int, 
 def save_adapter(model: Model, params: Params, folder: Path, card: Mapping[str, Any]) -> None:
     """Writes the adapter and the head in PEFT's own format, and what that has no place for into spryfl.json."""
     own = {name: params.get(name, value) for name, value in model.module.state_dict().items()}
-    model.module.peft_config["default"].base_model_name_or_path = model.source
+    module: Any = model.module
+    module.peft_config["default"].base_model_name_or_path = model.source
     with _silent():
-        model.module.save_pretrained(str(folder), state_dict=own, save_embedding_layers=False)
+        module.save_pretrained(str(folder), state_dict=own, save_embedding_layers=False)
     (folder / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
 
 
@@ -137,7 +138,9 @@ def read_card(folder: Path) -> dict[str, Any]:
     try:
         return json.loads((folder / CARD).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{folder} holds no adapter of spryfl: there is no {CARD} in it. Runs keep theirs in adapter/.") from None
+        raise ValueError(
+            f"{folder} holds no adapter of spryfl: there is no {CARD} in it. Runs keep theirs in adapter/."
+        ) from None
 
 
 def open_adapter(folder: Path, trust_remote_code: bool = False, device: str = "cpu") -> Model:

@@ -5,7 +5,7 @@
     signs     one bit of each word
 
 No generator is read or moved. A client that holds some units and a server that holds all draw the same numbers, on
-any device, in any order. All names and seeds of a call share one pass. Cost: about 0.1 microseconds a value on one core.
+any device, in any order. All names and seeds of a call share one pass. Cost: about 0.1 microseconds a value.
 """
 
 from __future__ import annotations

@@ -3,10 +3,11 @@
     state = optimizer.init(params)
     params, state = optimizer.step(params, grads, state, scale)
 
-Every optimizer descends. A client's gradient is an estimate; a server's is a pseudo-gradient, old minus mean of new. Only
-names that have a gradient move, and only their state does: a unit that nobody returned keeps both. `scale` multiplies
-the learning rate, of all values or by name (a schedule's factor, the head's own). Server Adam, Yogi, Adagrad: Reddi et al. 2021 (arXiv 2003.00295), no bias
-correction. Client Adam and AdamW are torch's. Cost: at most two more copies of the trainable values.
+Every optimizer descends. A client's gradient is an estimate; a server's is a pseudo-gradient, old minus mean of new.
+Only names that have a gradient move, and only their state does: a unit that nobody returned keeps both. `scale`
+multiplies the learning rate, of all values or by name (a schedule's factor, the head's own). Server Adam, Yogi and
+Adagrad: Reddi et al. 2021 (arXiv 2003.00295), no bias correction. AdamW is torch's. Cost: at most two more copies of
+the trainable values.
 """
 
 from __future__ import annotations
@@ -89,9 +90,7 @@ def adamw(
     return _by_leaf(init, step)
 
 
-def _adaptive(
-    lr: float, beta1: float, tau: float, v0: float, second: Callable[[Tensor, Tensor], Tensor]
-) -> Optimizer:
+def _adaptive(lr: float, beta1: float, tau: float, v0: float, second: Callable[[Tensor, Tensor], Tensor]) -> Optimizer:
     """m = b1 m + (1-b1) g; v = second(v, g^2); w -= lr m / (sqrt(v) + tau)."""
     _check(lr=lr, beta1=beta1, tau=tau, v0=v0)
 

@@ -41,7 +41,9 @@ def read(folder: Path) -> Run:
         facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         lines = (folder / "records.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
     except FileNotFoundError as error:
-        raise ValueError(f"{folder} is not a run folder: {Path(error.filename).name} is missing. Give runs/<name>.") from None
+        raise ValueError(
+            f"{folder} is not a run folder: {Path(error.filename).name} is missing. Give runs/<name>."
+        ) from None
     return Run(folder.resolve().name, config, facts, [json.loads(line) for line in lines])
 
 
@@ -80,7 +82,9 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, ...]]:
     """Settings in which the runs differ: the key, then each run's value."""
     flat = [_flat(run.config) for run in runs]
     keys = sorted({key for one in flat for key in one} - {"name"})
-    return [(key, *(str(one.get(key, "-")) for one in flat)) for key in keys if len({str(f.get(key)) for f in flat}) > 1]
+    return [
+        (key, *(str(one.get(key, "-")) for one in flat)) for key in keys if len({str(f.get(key)) for f in flat}) > 1
+    ]
 
 
 def curves(runs: Sequence[Run], path: Path) -> None:

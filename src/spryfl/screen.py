@@ -1,4 +1,4 @@
-"""What a run shows while it goes on: a live table in a terminal, plain lines elsewhere. Costs nothing that can be measured."""
+"""What a run shows while it goes on: a live table in a terminal, plain lines elsewhere. Costs next to nothing."""
 
 from __future__ import annotations
 

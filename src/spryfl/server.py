@@ -31,7 +31,7 @@ def begin(
     lr_scale: float = 1.0,
     evaluate: bool = False,
 ) -> list[Instruction]:
-    """One instruction for each client of the cohort: its units, the head unless it is split, and all current values."""
+    """An instruction for each client of the cohort: its units, the head unless it is split, all current values."""
     round_ = state.round + 1
     dealt = deal(units, cohort, method, round_)
     sent = _needed(units, dealt.values())
@@ -50,9 +50,7 @@ def begin(
     ]
 
 
-def deal(
-    units: Sequence[Unit], cohort: Sequence[int], method: Built, round_: int
-) -> dict[int, tuple[Unit, ...]]:
+def deal(units: Sequence[Unit], cohort: Sequence[int], method: Built, round_: int) -> dict[int, tuple[Unit, ...]]:
     """Each client's units of this round; a head that is not split goes to all."""
     whole = () if method.split_head else tuple(unit for unit in units if unit.head)
     split = [unit for unit in units if unit not in whole]
@@ -70,7 +68,7 @@ def personal(params: Params, client: int, method: Built) -> Params:
 def finish(
     state: ServerState, told: Sequence[Instruction], updates: Iterable[Update], method: Built
 ) -> tuple[ServerState, dict[int, str]]:
-    """The next state, and why each refused update was refused. An update that does not fit its instruction is absent."""
+    """The next state, and why each refused update was refused: one that does not fit its instruction is absent."""
     asked = {one.client: one for one in told}
     answers = list(updates)
     refused = {update.client: why for update in answers if (why := objection(update, asked.get(update.client)))}

@@ -1,4 +1,6 @@
-"""What a task makes of its examples: token rows, batches, a loss, a count of right answers. Here: classification of one text or two.
+"""What a task makes of its examples: token rows, batches, a loss, a count of right answers.
+
+Here: classification of one text or two.
 
     loss = - log softmax(logits)[label], the mean over the batch, in float32
 
@@ -15,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spryfl.types import Batch, Examples
+from spryfl.data.examples import Examples
+from spryfl.types import Batch
 
 
 class Rows(NamedTuple):
@@ -52,7 +55,9 @@ def _padded(rows: Sequence[Sequence[int]], longest: int, pad: int) -> Tensor:
     return torch.tensor([[*row, *[pad] * (longest - len(row))] for row in rows])
 
 
-def shuffled(indices: Sequence[int], batch_size: int, seed: int, epochs: int = 1, steps: int = 0) -> Iterator[list[int]]:
+def shuffled(
+    indices: Sequence[int], batch_size: int, seed: int, epochs: int = 1, steps: int = 0
+) -> Iterator[list[int]]:
     """The order of local training: `epochs` passes over the rows, or exactly `steps` batches if that is not 0."""
     order, done = random.Random(seed), 0
     while steps or epochs > 0:

@@ -1,7 +1,7 @@
 """The federated loop: sample a cohort, begin, exchange, finish, evaluate, record, save; and going on after a stop.
 
-All that is random follows from the run's seed and the round, so a run that was killed and resumed ends in the same bits.
-Needs torch alone. Cost: the clients' steps, and one pass over the test rows each `eval_every` rounds.
+All that is random follows from the run's seed and the round, so a run that was killed and resumed ends in the same
+bits. Needs torch alone. Cost: the clients' steps, and one pass over the test rows each `eval_every` rounds.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Arithmetic on named tensors: every function takes and returns mappings from name to tensor, and moves nothing in place."""
+"""Arithmetic on named tensors: mappings from name to tensor in and out, nothing moved in place."""
 
 from __future__ import annotations
 

@@ -12,15 +12,6 @@ Batch = Mapping[str, Tensor]  # inputs by the model's argument names, "labels" a
 Features = tuple[Tensor, ...]  # what the frozen trunk hands to the head
 
 
-class Examples(NamedTuple):
-    """Labelled texts: columns of equal length."""
-
-    text: tuple[str, ...]
-    pair: tuple[str, ...] | None  # a second text each
-    label: tuple[int, ...]  # 0 .. classes - 1
-    group: tuple[str, ...] | None  # where each is from: a module, a user, a site
-
-
 class Unit(NamedTuple):
     """Names that are trained together: LoRA's A and B of one map, an IA3 vector, a layer's biases, a head linear."""
 
@@ -46,7 +37,7 @@ class Passes(NamedTuple):
     tangent: int = 0
     backward: int = 0
 
-    def __add__(self, other: tuple) -> Passes:  # type: ignore[override]
+    def __add__(self, other: tuple) -> Passes:
         return Passes(*(a + b for a, b in zip(self, other, strict=True)))
 
 

@@ -22,7 +22,9 @@ from spryfl.types import Instruction, Passes, Update
 SCHEMA = 1
 _MAGIC = b"SPRYFL\x00\x01"
 _PREFIX = struct.Struct("<8sII")
-_DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64)}
+_DTYPES = {
+    str(t).removeprefix("torch."): t for t in (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64)
+}
 
 
 def pack(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:

@@ -10,14 +10,14 @@ from typing import cast
 
 from spryfl import client, wire
 from spryfl.methods import Built
-from spryfl.train import Answers
+from spryfl.train import Answers, Exchange
 from spryfl.types import Instruction, Update
 
 Lost = Callable[[int, int], bool]  # (round, client) -> the client never answers
 
 
-def simulation(method: Built, local: Callable[[int], client.Local], lost: Lost) -> Callable[[Sequence[Instruction]], Answers]:
-    """An `exchange(instructions) -> answers` that runs `client.run` here; a client that fails is absent and said why."""
+def simulation(method: Built, local: Callable[[int], client.Local], lost: Lost) -> Exchange:
+    """An `exchange(instructions) -> answers` that runs `client.run` here; a failed client is absent."""
 
     def exchange(told: Sequence[Instruction]) -> Answers:
         updates, failed, down, up = [], {}, 0, 0

@@ -1,10 +1,10 @@
-"""The gradient along random directions by forward-mode automatic differentiation: no backward pass, no stored activations.
+"""The gradient along random directions by forward-mode differentiation: no backward pass, no stored activations.
 
     c_k = <grad loss(w), v_k>      one jvp, exact          g_hat = (1/K) sum_k c_k v_k
 
-Unbiased, with E|g_hat - g|^2 = ((d+1)/K) |g|^2 for Gaussian v of d values (d-1 for signs and sphere). Spry, Panchal et al.
-2024 (arXiv 2405.15551); Baydin et al. 2022 (arXiv 2202.08587). Cost: one value pass and K tangent passes, which only
-need what lies at or after the first perturbed value; memory: one layer's values and tangents.
+Unbiased, with E|g_hat - g|^2 = ((d+1)/K) |g|^2 for Gaussian v of d values (d-1 for signs and sphere). Spry, Panchal
+et al. 2024 (arXiv 2405.15551); Baydin et al. 2022 (arXiv 2202.08587). Cost: one value pass and K tangent passes, which
+only need what lies at or after the first perturbed value; memory: one layer's values and tangents.
 
 With `exact_head` the network is cut before the head. Reverse mode over the head alone gives its gradient and
 delta = d loss / d features; the rest follows from the trunk's tangents, c_k = <delta, d features_k>. Same expectation,

@@ -16,10 +16,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spryfl import labels as labelling
-from spryfl import sources, tables
-from spryfl.examples import Examples, limited, rows, split, take
-from spryfl.tables import Table
+from spryfl.data import labels as labelling
+from spryfl.data import sources, tables
+from spryfl.data.examples import Examples, limited, rows, split, take
+from spryfl.data.tables import Table
 
 DOCSTRINGS = "docstrings"
 PAIRS = (
@@ -274,7 +274,7 @@ def _fingerprint(train: Examples, test: Examples, names: tuple[str, ...]) -> str
 
 
 def _docstrings(train_rows: int, test_rows: int, seed: int) -> Corpus:
-    from spryfl import docstrings  # parses a few hundred files when it is used, and imports nothing heavy
+    from spryfl.data import docstrings  # parses a few hundred files when it is used, and imports nothing heavy
 
     train, test, read = docstrings.build()
     return _finished(

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Any
 
-from spryfl.tables import Table
+from spryfl.data.tables import Table
 
 HIDDEN = -1  # what GLUE and others write where the answer is withheld
 NUMBER = re.compile(r"[+-]?\d+(\.0*)?")

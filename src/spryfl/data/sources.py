@@ -10,8 +10,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from spryfl import tables
-from spryfl.tables import Table
+from spryfl.data import tables
+from spryfl.data.tables import Table
 
 POSSIBLE = (
     f"docstrings, a file ({', '.join(tables.READERS)}), a folder with train and test files,"
