@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -59,7 +60,9 @@ def test_every_optimizer_is_tested():
 
 @pytest.mark.parametrize(("name", "options"), [(n, o) for n, cases in CASES.items() for o in cases])
 def test_path_is_the_papers_recursion(name, options):
-    assert run(OPTIMIZERS[name](**options), 0.7, GRADS) == pytest.approx(recursion(name, options, 0.7, GRADS), rel=1e-12)
+    assert run(OPTIMIZERS[name](**options), 0.7, GRADS) == pytest.approx(
+        recursion(name, options, 0.7, GRADS), rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -139,6 +142,6 @@ def test_schedules_begin_at_one_and_fall():
     for name, schedule in SCHEDULES.items():
         values = [schedule(i / 10) for i in range(10)]
         assert values[0] == 1.0, name
-        assert all(a >= b > 0 for a, b in zip(values, values[1:], strict=False)), name
+        assert all(a >= b > 0 for a, b in pairwise(values)), name
     assert SCHEDULES["linear"](0.25) == 0.75
     assert SCHEDULES["cosine"](0.5) == pytest.approx(0.5)

@@ -22,7 +22,9 @@ SGD = {"kind": "sgd", "lr": 1.0}
 
 def values(start=0.0):
     names = [name for unit in UNITS for name in unit.params]
-    return {name: torch.arange(2.0 if name.endswith(("A", "weight")) else 1.0) + start + i for i, name in enumerate(names)}
+    return {
+        name: torch.arange(2.0 if name.endswith(("A", "weight")) else 1.0) + start + i for i, name in enumerate(names)
+    }
 
 
 def method(**changes):
@@ -131,7 +133,11 @@ def test_an_answer_that_does_not_fit_is_as_if_absent(fault):
         changes, text = FAULTS[fault]
         bad = bad._replace(**changes)
     else:
-        worse = {"nan": torch.tensor([math.nan, 0.0]), "infinite": torch.tensor([math.inf, 0.0]), "shape": torch.zeros(5)}
+        worse = {
+            "nan": torch.tensor([math.nan, 0.0]),
+            "infinite": torch.tensor([math.inf, 0.0]),
+            "shape": torch.zeros(5),
+        }
         bad.params["a.A"] = worse[fault]
         text = "shapes" if fault == "shape" else "finite"
     after, refused = server.finish(state, told, [bad, good], built)

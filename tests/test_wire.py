@@ -8,7 +8,9 @@ import torch
 from spryfl import costs, wire
 from spryfl.types import Instruction, Passes, Unit, Update
 
-TOLD = Instruction(3, 7, 2**62 + 1, ("a", "b"), {"a": torch.randn(2, 3), "b": torch.randn(0), "c": torch.ones(4)}, 0.1, True)
+TOLD = Instruction(
+    3, 7, 2**62 + 1, ("a", "b"), {"a": torch.randn(2, 3), "b": torch.randn(0), "c": torch.ones(4)}, 0.1, True
+)
 DONE = Update(3, 7, {"a": torch.randn(2, 3)}, 11, 0.1 + 0.2, Passes(1, 4, 0), 12345, 0.25, 3, 1, 2)
 
 
@@ -36,14 +38,14 @@ def test_a_scalar_and_an_empty_tensor_keep_their_shapes():
 
 @pytest.mark.parametrize("cut", [0, 5, 16, 60, -1])
 def test_a_container_cut_short_is_noticed(cut):
-    with pytest.raises(ValueError, match="cut short|not a spryfl"):
+    with pytest.raises(ValueError, match=r"cut short|not a spryfl"):
         wire.unpack(wire.encode(TOLD)[:cut])
 
 
 def test_every_damaged_byte_is_noticed():
     data = wire.encode(DONE)
     for i in range(len(data)):
-        with pytest.raises(ValueError, match="cut short|not a spryfl"):
+        with pytest.raises(ValueError, match=r"cut short|not a spryfl"):
             wire.unpack(data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :])
 
 
