@@ -178,6 +178,8 @@ def through_a_view(p):
 
 def in_place_modules(p):
     y = nn.Sequential(nn.ReLU(inplace=True), nn.SiLU(inplace=True), nn.Dropout(0.0, inplace=True))(p["w"] * 1.5)
+    z = p["w"] * 2
+    y = y + z * F.elu(z, 1.0, True) + F.leaky_relu(z, 0.2, inplace=True)
     y = y.masked_fill_(torch.eye(5, 4).bool(), 0.3).clamp_(max=0.8)
     return y.exp_().sum()
 
@@ -244,6 +246,7 @@ class Cube(torch.autograd.Function):
 def test_autograd_functions_checkpointing_and_modes() -> None:
     agrees(lambda p: Cube.apply(p["w"]).sum(), {"w": W})
     agrees(lambda p: checkpoint(torch.tanh, p["w"], use_reentrant=False).sum(), {"w": W})
+    agrees(lambda p: p["w"].topk(2, dim=1).values.sum() + p["w"].max(0)[0].square().sum(), {"w": W})
     agrees(lambda p: F.huber_loss(p["w"], W + 0.5), {"w": W})  # torch's own forward mode
     with torch.inference_mode():
         _, tangents = jvp(lambda p: p["w"].square().sum(), {"w": W}, {"w": torch.ones(1, 5, 4).double()})

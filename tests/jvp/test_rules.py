@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from spryfl.jvp import attention, jvp
 from spryfl.jvp.registry import RULES
+from spryfl.jvp.rules_linear import LIBRARIES
 
 from .samples import SAMPLES
 
@@ -19,7 +20,7 @@ from .samples import SAMPLES
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*torch.jit.script.*:DeprecationWarning", "ignore:There is a perf:UserWarning"
 )
-NO_SAMPLE = {"cuda"}  # needs the device
+NO_SAMPLE = {"cuda", *LIBRARIES}  # need the device, the library
 CALLS = [pytest.param(f, s, id=f"{name}-{i}") for name, calls in SAMPLES.items() for i, (f, s) in enumerate(calls)]
 
 

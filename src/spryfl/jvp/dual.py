@@ -11,8 +11,10 @@ the first perturbed value costs nothing.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,7 +27,6 @@ from .registry import CONSTANT, RULES, Op, table
 
 FORMS = table((*RULES, *CONSTANT))
 IN_PLACE = {form: name for name in RULES for form in table([f"{name}_", f"__i{name}__"])}
-INPLACE_ARGUMENT = {"dropout": 3, "relu": 1, "silu": 1}  # where F's functions take `inplace` without its name
 promoted: ContextVar[list[Dual]] = ContextVar("promoted")  # plain tensors that were written into during this call
 
 
@@ -56,6 +57,13 @@ class Dual(Tensor):
             f"spryfl.jvp: {func} was called from compiled code (TorchScript, a C++ extension): no tangent follows.\n"
             "    Call the plain Python version of that code."
         )
+
+
+@cache
+def inplace_position(func: Callable[..., Any]) -> int | None:
+    """Where a Python function of torch takes `inplace`, its last argument; None where it has none."""
+    names = list(inspect.signature(func, follow_wrapped=False).parameters) if inspect.isfunction(func) else []
+    return names.index("inplace") if "inplace" in names else None
 
 
 def values(x: Any) -> Any:
@@ -96,8 +104,8 @@ def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
         raise NotImplementedError(
             f"spryfl.jvp: {resolve_name(func)} with out= is not supported. Use its result instead."
         )
-    at = INPLACE_ARGUMENT.get(name or "", len(args))
-    inplace = kwargs.get("inplace", False) or (len(args) > at and args[at])
+    at = inplace_position(func)
+    inplace = kwargs.get("inplace", False) or (at is not None and len(args) > at and args[at])
     kwargs = {k: v for k, v in kwargs.items() if k not in ("inplace", "out")}
     result = derive(func, name, args[:at], kwargs)
     return store(args[0], result, func) if inplace else result
@@ -111,9 +119,10 @@ def derive(func: Callable[..., Any], name: str | None, args: tuple[Any, ...], kw
     point, named = values(args), {n: values(v) for n, v in kwargs.items()}
     op = Op(func, directions)
     try:
-        if name is None:
+        body = RULES.get(name or str(func))  # an operator of a library goes by its qualified name
+        if body is None:
             raise NotImplementedError
-        y, push = RULES[name](op, *point, **named)
+        y, push = body(op, *point, **named)
     except NotImplementedError:
         y, push = stock(op, *point, **named)
     if args and isinstance(args[0], Dual) and y is args[0].value:

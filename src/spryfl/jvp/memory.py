@@ -30,7 +30,7 @@ def references(buffer: Tensor) -> int:
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Memory for one tangent, its content undefined; contiguous."""
     buffers, size = pool.get(), math.prod(shape)
-    if buffers is None or device.type != "cpu" or size * dtype.itemsize < SMALL or size * 2 <= largest(buffers):
+    if buffers is None or device.type != "cpu" or size * dtype.itemsize < SMALL or not admitted(buffers, size):
         return torch.empty(shape, dtype=dtype, device=device)
     kept = buffers.setdefault((size, dtype), [])
     found = next((b for b in kept if references(b) == 1), None)
@@ -40,9 +40,10 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     return found.view(shape)
 
 
-def largest(buffers: Buffers) -> int:
-    """Elements of the pool's largest buffers; smaller ones that an earlier layer left are dropped on the way."""
-    most = max((size for size, _ in buffers), default=0)
-    for key in [k for k in buffers if k[0] * 2 <= most]:
+def admitted(buffers: Buffers, size: int) -> bool:
+    """Whether this size is more than half of the pool's largest; a new largest drops what is less than half of it."""
+    if 2 * size <= max((s for s, _ in buffers), default=0):
+        return False
+    for key in [k for k in buffers if 2 * k[0] <= size]:
         del buffers[key]
-    return most
+    return True

@@ -39,7 +39,11 @@ constant(
 )
 
 
-@rule(*LINEAR)
+# bitsandbytes' product with a 4-bit weight: linear in its first argument, whose tangent torch loses in silence.
+LIBRARIES = ("bitsandbytes.gemv_4bit.default",)
+
+
+@rule(*LINEAR, *LIBRARIES)
 def linear_map(op: Op, first: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Push]:
     def push(d: Tensor, *_: Any, **__: Any) -> Any:
         return op.func(d, *args, **kwargs)
