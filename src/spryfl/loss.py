@@ -128,7 +128,7 @@ def _masks(module: nn.Module, seed: int | None) -> Iterator[None]:
 @contextlib.contextmanager
 def _checkpointing(module: nn.Module) -> Iterator[None]:
     """Each block keeps its input alone. What functional_call put in is bound now: on the way back it is gone."""
-    blocks = [m for m in module.modules() if isinstance(m, GradientCheckpointingLayer)]
+    blocks = _blocks(module)
     for block in blocks:
         block.forward = _recomputed(block, block.forward)
     try:
@@ -136,6 +136,15 @@ def _checkpointing(module: nn.Module) -> Iterator[None]:
     finally:
         for block in blocks:
             del block.forward
+
+
+def _blocks(module: nn.Module) -> list[nn.Module]:
+    """The layers that transformers marks for checkpointing; where it marks none (ALBERT), those of the first list."""
+    marked = [m for m in module.modules() if isinstance(m, GradientCheckpointingLayer)]
+    listed = next((list(m) for m in module.modules() if isinstance(m, nn.ModuleList)), [])
+    if not marked and not listed:
+        raise ValueError(f"{type(module).__name__} has no list of layers to checkpoint. Use checkpoint = false.")
+    return marked or listed
 
 
 def _recomputed(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:

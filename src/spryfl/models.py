@@ -70,12 +70,12 @@ def load(
         model = AutoModelForSequenceClassification.from_pretrained(
             where, num_labels=len(labels), ignore_mismatched_sizes=True, **names, **chosen, **options
         )
-    model.config.use_cache = False
     return settled(model, tokenizer), tokenizer
 
 
 def settled(model: Any, tokenizer: Any) -> Any:
-    """Gives a decoder without a padding token one: its end-of-text token."""
+    """Gives a decoder without a padding token one, its end-of-text token; a cache of keys would only cost memory."""
+    model.config.use_cache = False
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if model.config.pad_token_id is None:
