@@ -122,6 +122,8 @@ def load(model: nn.Module, folder: str) -> Adapted:
 def adapted(module: PeftModel) -> Adapted:
     """Lists what is trainable in a PEFT model, and freezes the module: values are passed in by name from here on."""
     trainable = {n: p for n, p in module.named_parameters() if p.requires_grad and ".original_module." not in n}
+    for config in module.peft_config.values():
+        _in_order(config)
     params = {name: value.detach().float().clone() for name, value in trainable.items()}
     for value in module.parameters():
         value.requires_grad_(False)
@@ -133,6 +135,13 @@ def adapted(module: PeftModel) -> Adapted:
         for (unit, is_head), names in groups.items()
     )
     return Adapted(module.eval(), params, tuple(units))
+
+
+def _in_order(config: PeftConfig) -> None:
+    """PEFT writes its sets of names in the order they happen to have; sorted, equal runs write equal files."""
+    for key, value in vars(config).items():
+        if isinstance(value, set):
+            setattr(config, key, sorted(value))
 
 
 def _unit_of(name: str, prefix: str) -> tuple[str, bool]:

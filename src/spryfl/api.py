@@ -116,10 +116,11 @@ def prepared(
 def _history(made: Job, folder: Path | None, on_record: Callable[[dict[str, Any]], None]) -> History:
     opened, state, progress = job.begin(made, folder)
     records, final = [], state
-    for record, latest in job.run(made, opened, state, progress):
-        records.append(record)
-        final = latest
-        on_record(record)
+    with job.cancelling(opened):
+        for record, latest in job.run(made, opened, state, progress):
+            records.append(record)
+            final = latest
+            on_record(record)
     if not made.plan.method.alone:
         models.carry(made.model, final.params)
     return History(records, final.params, made.model, folder)

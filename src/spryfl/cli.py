@@ -232,9 +232,10 @@ def _go(experiment: Experiment, folder: Path, fresh: bool) -> None:
     with out.status("reading data and model"):
         made = api.prepared(experiment)
         opened, state, progress = job.begin(made, folder) if fresh else job.resume(made, folder)
-    _head(made, folder)
     try:
-        with Screen(out, made.plan.rounds) as screen:
+        with job.cancelling(opened):
+            _head(made, folder)
+        with job.cancelling(opened), Screen(out, made.plan.rounds) as screen:
             for record, _ in job.run(made, opened, state, progress):
                 screen.show(record)
     except KeyboardInterrupt:
