@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -115,8 +116,18 @@ def wrap(model: nn.Module, adapter: Adapter) -> Adapted:
 
 def load(model: nn.Module, folder: str) -> Adapted:
     """Puts a saved adapter on a model, ready to be trained further."""
-    with _quiet():
-        return adapted(PeftModel.from_pretrained(model, folder, is_trainable=True))
+    if not (Path(folder) / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{folder} holds no adapter: there is no adapter_config.json in it. Runs keep theirs in adapter/."
+        )
+    try:
+        with _quiet():
+            return adapted(PeftModel.from_pretrained(model, folder, is_trainable=True))
+    except RuntimeError as error:  # other shapes
+        raise ValueError(
+            f"the adapter in {folder} does not fit {type(model).__name__}: {str(error).splitlines()[-1].strip()} "
+            f"Start from an adapter of the same model and number of labels."
+        ) from error
 
 
 def adapted(module: PeftModel) -> Adapted:

@@ -241,6 +241,7 @@ def card(job: Job) -> dict[str, Any]:
     d = job.experiment
     return {
         "model": d.model.name,
+        "revision": d.model.revision,
         "labels": list(job.model.labels),
         "max_length": d.data.max_length,
         "method": d.method.name,
