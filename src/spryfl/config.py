@@ -85,6 +85,7 @@ class TrainSection(BaseModel):
     patience: int = Field(0, ge=0)  # stop after so many evaluations without a better one; 0 = never
     drop_clients: float = Field(0.0, ge=0, lt=1)  # simulated share of clients that do not answer
     dropout: bool = False  # the model's own dropout layers while training
+    keep_prefix: float = Field(0.0, ge=0)  # MB of hidden states kept over a client's local epochs; batches then stay
 
 
 class Experiment(BaseModel):
@@ -293,6 +294,10 @@ def _consistent(experiment: Experiment) -> None:
         )
     if train.steps and "epochs" in train.model_fields_set and train.epochs != 0:
         raise ValueError(f"train.epochs = {train.epochs} has no effect with train.steps = {train.steps}. Remove one.")
+    if train.keep_prefix and (train.epochs < 2 and not train.steps):
+        raise ValueError("train.keep_prefix has no effect with one local epoch: no batch comes twice. Remove it.")
+    if train.keep_prefix and train.dropout:
+        raise ValueError("train.keep_prefix has no effect with train.dropout: the masks change. Remove one of them.")
     if not train.steps and not train.epochs:
         raise ValueError("train.epochs = 0 and train.steps = 0: no local training. Set one of them.")
     if experiment.method.assignment["kind"] == "nobody" and experiment.method.head == "split":

@@ -138,11 +138,11 @@ def local(job: Job) -> Callable[[int], client.Local]:
 
     def batches(indices: Sequence[int], seed: int) -> Iterator[Batch]:
         epochs = 0 if job.steps else t.epochs
-        for chosen in tasks.shuffled(indices, t.batch_size, seed, epochs, job.steps):
+        for chosen in tasks.shuffled(indices, t.batch_size, seed, epochs, job.steps, same=bool(t.keep_prefix)):
             yield tasks.collate(job.rows, chosen, model.device)
 
     return lambda i: client.Local(
-        bind=lambda fixed: models.loss_fn(model, fixed, t.dropout),
+        bind=lambda fixed: models.loss_fn(model, fixed, t.dropout, int(t.keep_prefix * 1e6)),
         batches=lambda seed: batches(job.parts[i], seed),
         examples=len(job.parts[i]),
         held_out=lambda: scoring(job.rows, job.held[i], model),

@@ -2,25 +2,43 @@
 
     loss(params) = task loss of functional_call(model, {fixed, params})
 
-The module is never written to: values come in by name, and what a call hooks in it takes out again. Cost: a cut or a
-checkpointed call adds nothing to what it computes.
+The module is never written to: values come in by name. A kept prefix is the same cut further down: what the blocks
+before the first moved value answer to a batch is the same in every local epoch, so it may be kept. Cost: a cut or a
+checkpointed call adds nothing to what it computes; a kept prefix holds a hidden state a batch and saves the blocks.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint
+from torch.utils._pytree import tree_leaves
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from spryfl import tasks
+from spryfl.hooks import Reached, answering, checkpointing, heard, masks
 from spryfl.types import Batch, Cut, Features, Params
+
+
+@dataclass
+class Prefix:
+    """Answers of the blocks before the first moved value, by the batch's contents, up to `limit` bytes."""
+
+    limit: int = 0
+    held: int = 0
+    answers: dict[bytes, Any] = field(default_factory=dict)
+
+    def add(self, key: bytes, answer: Any) -> None:
+        """Keeps an answer if it still fits; nothing is pushed out, as every batch comes once an epoch."""
+        size = sum(leaf.nbytes for leaf in tree_leaves(answer) if isinstance(leaf, Tensor))
+        if self.held + size <= self.limit:
+            self.answers[key] = answer
+            self.held += size
 
 
 @dataclass(frozen=True)
@@ -31,162 +49,102 @@ class ModelLoss:
     head: frozenset[str]
     fixed: Params
     dropout: bool = False  # off: seeds are ignored and every call is in evaluation mode
+    prefix: Prefix = field(default_factory=Prefix)
 
     def __call__(self, params: Params, batch: Batch, seed: int | None = None) -> Tensor:
         with self._masks(seed):
             return tasks.loss(self.logits(params, batch), batch)
 
     def cut(self, batch: Batch, seed: int | None = None) -> Cut:
-        trunk = _trunk(self.module)
+        trunk = self._trunk[1]
         layout: list[Any] = []
 
         def features(params: Params) -> Features:
-            with self._masks(seed), _stopped_after(trunk) as stop, contextlib.suppress(_Reached):
+            with self._masks(seed), heard(trunk, stop=True) as stopped, contextlib.suppress(Reached):
                 self.logits(params, batch)
-            layout[:] = [type(stop.output), tuple(stop.output.keys())]  # its shape only: the values may be large
-            return tuple(stop.output.values())
+            output = stopped.output
+            layout[:] = [type(output), tuple(output.keys())]  # its shape only: the values may be large
+            return tuple(output.values())
 
         def head(params: Params, given: Features) -> Tensor:
             kind, keys = layout
             output = kind(**dict(zip(keys, given, strict=True)))
             # The head has a seed of its own: its masks need not be those the trunk used up.
-            with self._masks(None if seed is None else seed + 1), _answering(trunk, output):
+            with self._masks(None if seed is None else seed + 1), answering([trunk], output):
                 return tasks.loss(self.logits(params, batch), batch)
 
         return Cut(features, head)
 
     def checkpointed(self, params: Params, batch: Batch, seed: int | None = None) -> Tensor:
-        with _checkpointing(self.module):
+        with checkpointing(self._recomputed):
             return self(params, batch, seed)
-
-    def _masks(self, seed: int | None) -> contextlib.AbstractContextManager[None]:
-        return _masks(self.module, seed if self.dropout else None)
 
     def logits(self, params: Params, batch: Batch) -> Tensor:
         """The model's answers, (rows, labels)."""
         inputs = {name: value for name, value in batch.items() if name != "labels"}
-        return functional_call(self.module, {**self.fixed, **params}, (), inputs).logits
+        with self._from_prefix(params, inputs):
+            return functional_call(self.module, {**self.fixed, **params}, (), inputs).logits
 
+    def _masks(self, seed: int | None) -> contextlib.AbstractContextManager[None]:
+        return masks(self.module, seed if self.dropout else None)
 
-def _trunk(module: nn.Module) -> nn.Module:
-    """The language model without its task head."""
-    base = module.get_base_model()  # type: ignore[operator]
-    return getattr(base, base.base_model_prefix)
-
-
-class _Reached(Exception):
-    """The trunk has answered; the head is not wanted."""
-
-
-@dataclass
-class _Stop:
-    output: Any = None
-
-
-@contextlib.contextmanager
-def _stopped_after(trunk: nn.Module) -> Iterator[_Stop]:
-    stop = _Stop()
-
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        stop.output = output
-        raise _Reached
-
-    handle = trunk.register_forward_hook(hook)
-    try:
-        yield stop
-    finally:
-        handle.remove()
-
-
-@contextlib.contextmanager
-def _answering(trunk: nn.Module, output: Any) -> Iterator[None]:
-    """While it is on, the trunk gives `output` instead of computing."""
-    trunk.forward = lambda *args, **kwargs: output
-    try:
-        yield
-    finally:
-        del trunk.forward
-
-
-@contextlib.contextmanager
-def _masks(module: nn.Module, seed: int | None) -> Iterator[None]:
-    """Dropout on with masks from `seed`, or off; the mode and PyTorch's generators are afterwards what they were.
-
-    A layer without dropout is the same in both modes, so a model whose dropout is 0 draws nothing.
-    """
-    if seed is None:
-        yield
-        return
-    module.train()
-    try:
-        with seeded(seed):
+    @contextlib.contextmanager
+    def _from_prefix(self, params: Params, inputs: Batch) -> Iterator[None]:
+        """Runs the blocks before the first moved value once a batch, where that may be kept."""
+        first = 0 if self.module.training or not self.prefix.limit else self._first(params)
+        if not first:
             yield
-    finally:
-        module.eval()
+            return
+        before = [block for _, block in self._blocks[:first]]
+        key = repr([(n, v.shape) for n, v in inputs.items()]).encode() + b"".join(_bytes(v) for v in inputs.values())
+        if key in self.prefix.answers:
+            with answering(before, self.prefix.answers[key]):
+                yield
+            return
+        with heard(before[-1]) as answer:
+            try:
+                yield
+            finally:  # a call may well end in Reached
+                if answer.output is not None:
+                    self.prefix.add(key, answer.output)
+
+    def _first(self, names: Iterable[str]) -> int:
+        """How many blocks lie before all of `names`; 0 where one of them lies outside the blocks and the head."""
+        paths = [path for path, _ in self._blocks]
+        places = [
+            next((i for i, path in enumerate(paths) if name.startswith(path + ".")), 0)
+            for name in names
+            if name not in self.head
+        ]
+        return min(places, default=len(paths))
+
+    @cached_property
+    def _trunk(self) -> tuple[str, nn.Module]:
+        """The language model without its task head, and its path."""
+        base = self.module.get_base_model()  # type: ignore[operator]
+        trunk = getattr(base, base.base_model_prefix)
+        return next(path for path, module in self.module.named_modules() if module is trunk), trunk
+
+    @cached_property
+    def _recomputed(self) -> list[nn.Module]:
+        """The blocks to checkpoint; where transformers marks none (ALBERT), those of the trunk's first list."""
+        marked = [block for _, block in self._blocks]
+        blocks = marked or next((list(m) for m in self._trunk[1].modules() if isinstance(m, nn.ModuleList)), [])
+        if not blocks:
+            raise ValueError(f"{type(self._trunk[1]).__name__} has no list of layers. Use checkpoint = false.")
+        return blocks
+
+    @cached_property
+    def _blocks(self) -> tuple[tuple[str, nn.Module], ...]:
+        """The trunk's blocks in order, with their paths; a block inside a block counts as part of it."""
+        path, trunk = self._trunk
+        found: list[tuple[str, nn.Module]] = []
+        for name, module in trunk.named_modules():
+            inside = any(f"{path}.{name}".startswith(outer + ".") for outer, _ in found)
+            if isinstance(module, GradientCheckpointingLayer) and not inside:
+                found.append((f"{path}.{name}", module))
+        return tuple(found)
 
 
-@contextlib.contextmanager
-def _checkpointing(module: nn.Module) -> Iterator[None]:
-    """Each block keeps its input alone. What functional_call put in is bound now: on the way back it is gone."""
-    blocks = _blocks(module)
-    for block in blocks:
-        block.forward = _recomputed(block, block.forward)
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.forward
-
-
-def _blocks(module: nn.Module) -> list[nn.Module]:
-    """The layers that transformers marks for checkpointing; where it marks none (ALBERT), those of the first list."""
-    marked = [m for m in module.modules() if isinstance(m, GradientCheckpointingLayer)]
-    listed = next((list(m) for m in module.modules() if isinstance(m, nn.ModuleList)), [])
-    if not marked and not listed:
-        raise ValueError(f"{type(module).__name__} has no list of layers to checkpoint. Use checkpoint = false.")
-    return marked or listed
-
-
-def _recomputed(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        values: dict[str, Tensor] = dict(block.named_parameters())
-        training = block.training
-
-        def inner(*args: Any) -> Any:
-            with _mode(block, training), _forward(block, forward):
-                return functional_call(block, values, args, kwargs)
-
-        return checkpoint(inner, *args, use_reentrant=False)
-
-    return run
-
-
-@contextlib.contextmanager
-def _forward(block: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    outer, block.forward = block.__dict__.get("forward"), forward
-    try:
-        yield
-    finally:
-        if outer is None:
-            del block.forward
-        else:
-            block.forward = outer
-
-
-@contextlib.contextmanager
-def _mode(module: nn.Module, training: bool) -> Iterator[None]:
-    before = module.training
-    module.train(training)
-    try:
-        yield
-    finally:
-        module.train(before)
-
-
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """PyTorch's generators start from `seed` inside and are afterwards what they were."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield
+def _bytes(value: Tensor) -> bytes:
+    return value.cpu().numpy().tobytes()

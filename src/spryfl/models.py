@@ -15,7 +15,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
 from spryfl import adapters, hub, tasks
-from spryfl.loss import ModelLoss, seeded
+from spryfl.hooks import seeded
+from spryfl.loss import ModelLoss, Prefix
 from spryfl.types import Batch, Params, Unit
 
 # name -> (package that carries the weights, folder in it, hub name of the same weights, pip extra)
@@ -111,10 +112,10 @@ def usable(device: str) -> torch.device:
         raise ValueError(f'device = "{device}" cannot be used here: {_first(error)} Possible: {possible}.') from error
 
 
-def loss_fn(model: Model, fixed: Params, dropout: bool = False) -> ModelLoss:
-    """The model's loss as a function of all trainable values but `fixed`."""
+def loss_fn(model: Model, fixed: Params, dropout: bool = False, keep: int = 0) -> ModelLoss:
+    """The model's loss as a function of all trainable values but `fixed`; `keep` bytes for a prefix."""
     head = frozenset(name for unit in model.units if unit.head for name in unit.params)
-    return ModelLoss(model.module, head, fixed, dropout)
+    return ModelLoss(model.module, head, fixed, dropout, Prefix(keep))
 
 
 def logits(model: Model, params: Params, batch: Batch) -> Tensor:

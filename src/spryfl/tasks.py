@@ -56,19 +56,31 @@ def _padded(rows: Sequence[Sequence[int]], longest: int, pad: int) -> Tensor:
 
 
 def shuffled(
-    indices: Sequence[int], batch_size: int, seed: int, epochs: int = 1, steps: int = 0
+    indices: Sequence[int], batch_size: int, seed: int, epochs: int = 1, steps: int = 0, same: bool = False
 ) -> Iterator[list[int]]:
-    """The order of local training: `epochs` passes over the rows, or exactly `steps` batches if that is not 0."""
+    """The order of local training: `epochs` passes over the rows, or exactly `steps` batches if that is not 0.
+
+    With `same` every epoch has the batches of the first, in another order.
+    """
     order, done = random.Random(seed), 0
+    batches = _dealt(indices, batch_size, order)
     while steps or epochs > 0:
-        epoch = list(indices)
-        order.shuffle(epoch)
-        for start in range(0, len(epoch), batch_size):
-            yield epoch[start : start + batch_size]
+        for batch in batches:
+            yield batch
             done += 1
             if steps and done == steps:
                 return
         epochs -= 1
+        if same:
+            order.shuffle(batches)
+        else:
+            batches = _dealt(indices, batch_size, order)
+
+
+def _dealt(indices: Sequence[int], batch_size: int, order: random.Random) -> list[list[int]]:
+    rows = list(indices)
+    order.shuffle(rows)
+    return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
 
 
 def by_length(rows: Rows, indices: Sequence[int], batch_size: int) -> Iterator[list[int]]:

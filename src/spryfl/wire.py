@@ -1,6 +1,6 @@
 """Instructions and updates as bytes, and back: the only place where bytes are counted.
 
-    magic (8) | length of the header (4) | CRC-32 of all that follows (4) | header, JSON | tensors, little-endian
+    magic (8) | length of the header (4) | CRC-32 of all else but the magic (4) | header, JSON | tensors, little-endian
 
 No pickle. The same container holds the state of a run on disk. Cost: one copy of the tensors.
 """
@@ -38,7 +38,7 @@ def pack(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
     index = [(name, str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in tensors.items()]
     head = json.dumps({"schema": SCHEMA, "tensors": index, **header}).encode()
     body = b"".join([head, *(_raw(value) for value in tensors.values())])
-    return _PREFIX.pack(_MAGIC, len(head), zlib.crc32(body)) + body
+    return _PREFIX.pack(_MAGIC, len(head), _checksum(len(head), body)) + body
 
 
 def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -49,7 +49,7 @@ def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if magic != _MAGIC:
         raise ValueError(f"not a spryfl container: it begins with {magic!r}, expected {_MAGIC!r}.")
     body = memoryview(data)[_PREFIX.size :]
-    if zlib.crc32(body) != checksum:
+    if _checksum(length, body) != checksum:
         raise ValueError(f"the container of {len(data)} bytes is cut short or damaged: its checksum does not match.")
     header = json.loads(bytes(body[:length]))
     if header.pop("schema") != SCHEMA:
@@ -76,6 +76,10 @@ def decode(data: bytes) -> Instruction | Update:
         header["seconds"], header["peak_bytes"] = _MEASURED.unpack(bytes.fromhex(header.pop("measured")))
         return Update(**{**header, "passes": Passes(*header["passes"])})
     raise ValueError(f"a message of unknown kind {kind!r}; possible: Instruction, Update.")
+
+
+def _checksum(length: int, body: bytes | memoryview) -> int:
+    return zlib.crc32(body, length)
 
 
 def _raw(value: Tensor) -> bytes:

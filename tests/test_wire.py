@@ -1,0 +1,94 @@
+"""Messages survive their bytes, damage is noticed, and what travels is what was predicted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from spryfl import costs, wire
+from spryfl.types import Instruction, Passes, Unit, Update
+
+TOLD = Instruction(
+    3, 7, 2**62 + 1, ("a", "b"), {"a": torch.randn(2, 3), "b": torch.randn(0), "c": torch.ones(4)}, 0.1, True
+)
+DONE = Update(3, 7, {"a": torch.randn(2, 3)}, 11, 0.1 + 0.2, Passes(1, 4, 0), 12345, 0.25, 3, 1, 2)
+
+
+@pytest.mark.parametrize("message", [TOLD, DONE])
+def test_a_message_survives_its_bytes(message):
+    back = wire.decode(wire.encode(message))
+    assert type(back) is type(message)
+    assert back._replace(params={}) == message._replace(params={})
+    assert list(back.params) == list(message.params)
+    assert all(torch.equal(back.params[name], value) for name, value in message.params.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64])
+def test_tensors_keep_their_bits(dtype):
+    value = torch.tensor([[1.5, -0.0, 3.25e-3]]).to(dtype).T  # not contiguous
+    _, back = wire.unpack(wire.pack({}, {"x": value}))
+    assert back["x"].dtype == dtype
+    assert torch.equal(*(x.flatten().view(torch.uint8) for x in (back["x"], value)))
+
+
+def test_a_scalar_and_an_empty_tensor_keep_their_shapes():
+    _, back = wire.unpack(wire.pack({}, {"s": torch.tensor(3), "e": torch.zeros(0, 4)}))
+    assert (back["s"].shape, back["e"].shape) == (torch.Size([]), torch.Size([0, 4]))
+
+
+@pytest.mark.parametrize("cut", [0, 5, 16, 60, -1])
+def test_a_container_cut_short_is_noticed(cut):
+    with pytest.raises(ValueError, match=r"cut short|not a spryfl"):
+        wire.unpack(wire.encode(TOLD)[:cut])
+
+
+def test_every_damaged_byte_is_noticed():
+    data = wire.encode(DONE)
+    for i in range(len(data)):
+        with pytest.raises(ValueError, match=r"cut short|not a spryfl"):
+            wire.unpack(data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :])
+
+
+def test_another_schema_is_refused(monkeypatch):
+    monkeypatch.setattr(wire, "SCHEMA", 99)
+    data = wire.pack({}, {})
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="schema"):
+        wire.unpack(data)
+
+
+def test_predicted_traffic_is_what_the_messages_hold_but_for_their_headers():
+    units = (Unit("a", ("a",), 6), Unit("b", ("b",), 4), Unit("h", ("h",), 3, head=True))
+    params = {"a": torch.zeros(6), "b": torch.zeros(4), "h": torch.zeros(3)}
+    told = [Instruction(1, i, 0, names, params) for i, names in enumerate((("a", "h"), ("b", "h")))]
+    done = [DONE._replace(client=t.client, params={n: params[n] for n in t.names}) for t in told]
+    predicted = costs.traffic(units[:2], [units[:1], units[1:2]], units[2:])
+    headers = sum(len(wire.encode(message._replace(params={}))) for message in [*told, *done])
+    index = sum(len(wire.encode(m)) for m in [*told, *done]) - headers - 4 * (predicted.down + predicted.up)
+    assert predicted == (26, 16)
+    assert 0 < index < 30 * 10  # a name and its shape for each of ten tensors
+
+
+def test_peak_memory_counts_what_is_alive_at_once():
+    with costs.peak_memory() as peak:
+        a = torch.zeros(1000)
+        del a
+        b = torch.zeros(2000)
+        c = b.view(2, 1000)[0] + 1
+    assert peak() == 4 * 3000
+    assert c.shape == (1000,)
+
+
+def test_peak_memory_sees_what_autograd_keeps():
+    def chain(x):
+        for _ in range(10):
+            x = torch.tanh(x)
+        return x.sum()
+
+    x = torch.zeros(1000)
+    with costs.peak_memory() as kept:
+        chain(x.requires_grad_()).backward()
+    with costs.peak_memory() as let_go, torch.no_grad():
+        chain(x)
+    assert kept() >= 10 * 4000
+    assert let_go() <= 3 * 4000
