@@ -14,16 +14,23 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from spryfl.types import Unit
 
 Adapter = Callable[[Sequence[str]], PeftConfig]  # names of the head's modules -> PEFT's configuration
 
+# Where PEFT has no choice of its own: model type -> LoRA's targets (query and value), IA3's, its feed-forward ones.
+_USUAL = {
+    "albert": (("query", "value"), ("key", "value", "ffn_output"), ("ffn_output",)),
+    "distilbert": (("q_lin", "v_lin"), ("k_lin", "v_lin", "lin2"), ("lin2",)),
+}
 # PEFT's own name for "no module at all": what is left are biases and modules_to_save.
 _NOTHING = "dummy-target-modules"
 
@@ -95,26 +102,39 @@ def wrap(model: nn.Module, adapter: Adapter) -> Adapted:
     """Puts a new adapter on a model.
 
     Raises:
-        ValueError: none of the target modules is there; it lists the linear layers that are.
+        ValueError: a target module or a layer is not there; it lists the linear layers that are.
     """
-    config = adapter(head_modules(model))
+    config = _filled(adapter(head_modules(model)), model)
     try:
         with _quiet():
             module = get_peft_model(model, config)
     except ValueError as error:
         raise ValueError(_no_target(model, config, error)) from error
+    _check_used(module, config)
     return adapted(module)
 
 
 def load(model: nn.Module, folder: str) -> Adapted:
     """Puts a saved adapter on a model, ready to be trained further."""
-    with _quiet():
-        return adapted(PeftModel.from_pretrained(model, folder, is_trainable=True))
+    if not (Path(folder) / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{folder} holds no adapter: there is no adapter_config.json in it. Runs keep theirs in adapter/."
+        )
+    try:
+        with _quiet():
+            return adapted(PeftModel.from_pretrained(model, folder, is_trainable=True))
+    except RuntimeError as error:  # other shapes
+        raise ValueError(
+            f"the adapter in {folder} does not fit {type(model).__name__}: {str(error).splitlines()[-1].strip()} "
+            f"Start from an adapter of the same model and number of labels."
+        ) from error
 
 
 def adapted(module: PeftModel) -> Adapted:
     """Lists what is trainable in a PEFT model, and freezes the module: values are passed in by name from here on."""
     trainable = {n: p for n, p in module.named_parameters() if p.requires_grad and ".original_module." not in n}
+    for config in module.peft_config.values():
+        _in_order(config)
     params = {name: value.detach().float().clone() for name, value in trainable.items()}
     for value in module.parameters():
         value.requires_grad_(False)
@@ -128,6 +148,13 @@ def adapted(module: PeftModel) -> Adapted:
     return Adapted(module.eval(), params, tuple(units))
 
 
+def _in_order(config: PeftConfig) -> None:
+    """PEFT writes its sets of names in the order they happen to have; sorted, equal runs write equal files."""
+    for key, value in vars(config).items():
+        if isinstance(value, set):
+            setattr(config, key, sorted(value))
+
+
 def _unit_of(name: str, prefix: str) -> tuple[str, bool]:
     """A value's unit, and whether that is the head's: LoRA's A and B share one, so do a layer's biases."""
     short = name.removeprefix("base_model.model.")
@@ -139,22 +166,60 @@ def _unit_of(name: str, prefix: str) -> tuple[str, bool]:
     return (layer.group() if layer else short.rpartition(".")[0]), False
 
 
+def _filled(config: PeftConfig, model: nn.Module) -> PeftConfig:
+    """The configuration with its targets named, for the models that PEFT names none for."""
+    named: Any = config
+    kind = getattr(model.config, "model_type", "")
+    if named.target_modules is None and kind in _USUAL:
+        lora_targets, targets, feedforward = _USUAL[kind]
+        named.target_modules = set(targets if isinstance(config, IA3Config) else lora_targets)
+        if isinstance(config, IA3Config):
+            config.feedforward_modules = set(feedforward)
+    return config
+
+
+def _check_used(module: PeftModel, config: PeftConfig) -> None:
+    """A target or a layer that nothing was found for is a mistake, though others were found."""
+    asked: Any = config
+    found: list[str] = module.base_model.targeted_module_names
+    if asked.target_modules == _NOTHING:
+        return
+    numbers = {int(part) for name in found for part in name.split(".") if part.isdigit()}
+    missing = sorted(t for t in asked.target_modules if not any(f".{name}".endswith(f".{t}") for name in found))
+    absent = [layer for layer in getattr(asked, "layers_to_transform", None) or () if layer not in numbers]
+    if missing or absent:
+        what = f"targets {missing}" if missing else f"layers {absent}"
+        raise ValueError(f"the adapter found nothing for {what} in {_there(module.get_base_model())}")
+
+
 def _no_target(model: nn.Module, config: PeftConfig, error: ValueError) -> str:
     """The clear form of PEFT's complaint: what was asked for, and which linear layers there are."""
-    asked = getattr(config, "target_modules", None)
-    ends = dict.fromkeys(n.rpartition(".")[2] for n, m in model.named_modules() if n and isinstance(m, nn.Linear))
+    asked: Any = getattr(config, "target_modules", None)
     if not asked:
-        return f"{type(model).__name__}: {error} Set adapter.targets. Linear layers there: {', '.join(ends)}."
-    return (
-        f"the adapter found none of targets = {sorted(asked)} in {type(model).__name__}. "
-        f"Linear layers there: {', '.join(ends)}."
+        return f"an adapter for {_there(model)} Name some of them: adapter.targets. ({str(error).splitlines()[0]})"
+    layers = getattr(config, "layers_to_transform", None)
+    where = f" of layers {layers}" if layers else ""
+    return f"the adapter found none of targets = {sorted(asked)}{where} in {_there(model)}"
+
+
+def _there(model: nn.Module) -> str:
+    """The model's class and the linear layers that an adapter could be put on, by the ends of their names."""
+    ends = dict.fromkeys(
+        name.removesuffix(".base_layer").rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and ".lora_" not in name and ".modules_to_save" not in name
     )
+    ends.pop("original_module", None)
+    count = getattr(model.config, "num_hidden_layers", None)
+    layers = f" {count} layers." if count else ""
+    return f"{type(model).__name__}.{layers} Linear layers there: {', '.join(ends)}."
 
 
 class _quiet(warnings.catch_warnings):
-    """Leaves out one deprecation that PEFT causes inside transformers and a user can do nothing about."""
+    """Leaves out what PEFT warns of and a user can do nothing about: a deprecation, and a setting it mends itself."""
 
     def __enter__(self) -> Any:
         log = super().__enter__()
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False", category=UserWarning)
         return log

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ def finetune(
     data: Any = None,
     *,
     tokenizer: Any = None,
+    reading: Mapping[str, Any] | None = None,
     method: Method | str | dict[str, Any] | None = None,
     folder: str | Path | None = None,
     on_record: Callable[[dict[str, Any]], None] | None = None,
@@ -31,9 +32,11 @@ def finetune(
 
     Args:
         model: an Experiment (then nothing else of it may be given); a Hugging Face sequence classifier, which gets an
-            adapter put on it in place; a folder, hub name or alias; nothing for the default.
+            adapter put on it in place; a folder, hub name or alias; a section, for example
+            {"adapter": "runs/a/adapter"} to start from a saved one; nothing for the default.
         data: a `datasets.Dataset`, a `DatasetDict` with train and test, a pair (train, test), or a name as `--data`.
         tokenizer: the tokenizer of `model` where that is a module.
+        reading: what the data section says beside the name: {"text": "body", "label": "stars", "max_length": 64}.
         method: a row's name, a `Method`, or changes as in TOML.
         folder: a new run folder; nothing is written without it.
         on_record: called with each round's record.
@@ -50,10 +53,14 @@ def finetune(
         history.model.module.save_pretrained("adapter")
     """
     if isinstance(model, Experiment):
-        if data is not None or method is not None or settings:
-            raise ValueError("finetune(experiment) takes no data, method or sections beside it; change the Experiment.")
+        if any(beside is not None for beside in (data, tokenizer, reading, method)) or settings:
+            raise ValueError(
+                "finetune(experiment) takes no data, tokenizer, reading, method or sections; change the Experiment."
+            )
         made = prepared(model)
     else:
+        if reading is not None:
+            settings["data"] = reading
         made = _from_parts(model, data, tokenizer, method, settings)
     return _history(made, Path(folder) if folder else None, on_record or (lambda record: None))
 
@@ -66,9 +73,13 @@ def _from_parts(model: Any, data: Any, tokenizer: Any, method: Any, settings: di
         given["data"] = {"name": str(data), **given.get("data", {})}
     elif data is not None:
         given["data"] = {"name": type(data).__name__, **given.get("data", {})}
-    if isinstance(model, str | Path):
-        given["model"] = {"name": str(model), **given.get("model", {})}
     module = model if isinstance(model, nn.Module) else None
+    if isinstance(model, str | Path):
+        given["model"] = {"name": str(model)}
+    elif isinstance(model, Mapping):
+        given["model"] = model
+    elif model is not None and module is None:
+        raise ValueError(f"model is a {type(model).__name__}; give a name, a section, a module or an Experiment.")
     if (module is None) != (tokenizer is None):
         raise ValueError(
             "a model given as a module needs its tokenizer, and a tokenizer its module. Give both or a name."
@@ -89,6 +100,7 @@ def prepared(
     experiment: Experiment, corpus: source.Corpus | None = None, module: nn.Module | None = None, tokenizer: Any = None
 ) -> Job:
     """An experiment with its data read, its model loaded and its threads set, or with those that are given."""
+    models.usable(experiment.device)
     if experiment.threads:
         torch.set_num_threads(experiment.threads)
     corpus = corpus or job.read(experiment)
@@ -116,10 +128,11 @@ def prepared(
 def _history(made: Job, folder: Path | None, on_record: Callable[[dict[str, Any]], None]) -> History:
     opened, state, progress = job.begin(made, folder)
     records, final = [], state
-    for record, latest in job.run(made, opened, state, progress):
-        records.append(record)
-        final = latest
-        on_record(record)
+    with job.cancelling(opened):
+        for record, latest in job.run(made, opened, state, progress):
+            records.append(record)
+            final = latest
+            on_record(record)
     if not made.plan.method.alone:
         models.carry(made.model, final.params)
     return History(records, final.params, made.model, folder)

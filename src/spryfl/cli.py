@@ -7,6 +7,7 @@ load torch are imported by the commands that need them, so that --help and a typ
 from __future__ import annotations
 
 import os
+import string
 import sys
 import warnings
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from spryfl.config import Experiment
@@ -27,8 +29,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-out = Console()
-err = Console(stderr=True)
+# Texts and paths may hold brackets: no markup. Piped output is not folded to the width of a terminal that is not there.
+out = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 240)
+err = Console(stderr=True, markup=False)
 
 Config = Annotated[Path | None, typer.Option("--config", "-c", help="TOML file of an experiment.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Any setting: --set train.rounds=10. May be repeated.")]
@@ -125,7 +128,7 @@ def methods_(name: Annotated[str | None, typer.Argument(help="A row, for all its
         )
         return
     row = named(name)
-    out.print(f"[bold]{row.name}[/]: {row.summary}\n{row.paper}\n")
+    out.print(f"{row.name}: {row.summary}\n{row.paper}\n")
     _table(
         ("choice", "value"),
         [(key, _shown(value)) for key, value in vars(row).items() if key not in ("summary", "paper")],
@@ -171,7 +174,7 @@ def partition_(
     corpus = job.read(experiment)
     parts = job.deal(experiment, corpus)
     _notes(corpus)
-    _partition(parts, corpus, partition.statistics(parts, corpus.train.label, len(corpus.labels)))
+    _partition(corpus, partition.statistics(parts, corpus.train.label, len(corpus.labels)))
 
 
 @app.command()
@@ -232,9 +235,10 @@ def _go(experiment: Experiment, folder: Path, fresh: bool) -> None:
     with out.status("reading data and model"):
         made = api.prepared(experiment)
         opened, state, progress = job.begin(made, folder) if fresh else job.resume(made, folder)
-    _head(made, folder)
     try:
-        with Screen(out, made.plan.rounds) as screen:
+        with job.cancelling(opened):
+            _head(made, folder)
+        with job.cancelling(opened), Screen(out, made.plan.rounds) as screen:
             for record, _ in job.run(made, opened, state, progress):
                 screen.show(record)
     except KeyboardInterrupt:
@@ -276,7 +280,8 @@ def _tail(folder: Path) -> None:
     first, last = reports.scored(run_)[0], reports.scored(run_)[-1]
     out.print(
         f"\naccuracy on the untouched test rows: {first['accuracy']:.4f} before, {last['accuracy']:.4f} after "
-        f"{run_.records[-1]['round']} rounds (best {last['best']:.4f} in round {last['best_round']})"
+        f"{run_.records[-1]['round']} rounds (best {last['best']:.4f} in round {last['best_round']})",
+        soft_wrap=True,
     )
     out.print(f"adapter {folder / 'adapter'}\npicture {folder / 'curves.png'}", soft_wrap=True)
     out.print(
@@ -289,6 +294,9 @@ def _adapter(what: Path) -> tuple[Path, dict[str, Any]]:
     from spryfl import models
 
     folder = what / "adapter" if (what / "config.toml").is_file() else what
+    own = sorted(one.name for one in folder.glob("client-*"))
+    if own:
+        raise ValueError(f"in {folder} each client has a model of its own. Give one of them: {folder / own[0]} ...")
     return folder, models.read_card(folder)
 
 
@@ -300,7 +308,7 @@ def _free(folder: Path) -> Path:
 
 def _notes(corpus: Any) -> None:
     for line in corpus.notes:
-        out.print(f"note    {line}", soft_wrap=True, highlight=False)
+        out.print(f"note    {line}", soft_wrap=True)
 
 
 def _same(given: Any, row: Any) -> bool:
@@ -324,28 +332,32 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     out.print(table)
 
 
-def _partition(parts: Any, corpus: Any, statistics: Any) -> None:
+def _partition(corpus: Any, statistics: Any) -> None:
     """A bar of classes for each client."""
     shades = ("cyan", "magenta", "yellow", "green", "blue", "red", "white")
-    biggest = max(len(part) for part in parts)
-    for client, part in enumerate(parts):
-        counts = [sum(corpus.train.label[i] == c for i in part) for c in range(len(corpus.labels))]
-        signs = ["█" if out.is_terminal else name[0] for name in corpus.labels]
-        widths = [round(60 * n / biggest) for n in counts]
-        bar = "".join(f"[{shades[c % len(shades)]}]{signs[c] * width}[/]" for c, width in enumerate(widths))
-        out.print(f"{client:4d} {len(part):6d} {bar}", highlight=False)
-    names = "  ".join(f"[{shades[c % len(shades)]}]{name}[/]" for c, name in enumerate(corpus.labels))
-    out.print(f"\n{names}\n{statistics}", highlight=False)
+    letters = string.ascii_uppercase + string.ascii_lowercase
+    signs = [(letters[c % len(letters)], shades[c % len(shades)]) for c in range(len(corpus.labels))]
+    for client, counts in enumerate(statistics.counts):
+        widths = [round(60 * n / statistics.largest) for n in counts]
+        bar = [(sign * width, shade) for (sign, shade), width in zip(signs, widths, strict=True)]
+        out.print(Text.assemble(f"{client:4d} {sum(counts):6d} ", *bar), soft_wrap=True)
+    names = [(f"{sign} {name}  ", shade) for (sign, shade), name in zip(signs, corpus.labels, strict=True)]
+    out.print(Text.assemble("\n", *names), soft_wrap=True)
+    out.print(
+        f"{statistics.smallest} to {statistics.largest} rows a client, median {statistics.median:g}; mean distance of "
+        f"a client's classes from the whole {statistics.distance:.2f} (0: alike, near 1: one class each)",
+        soft_wrap=True,
+    )
 
 
 def main() -> None:
-    """The entry point: every ValueError is a message and exit code 2."""
+    """The entry point: every ValueError, and what the system refuses, is a message and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         app()
-    except ValueError as error:
-        err.print(f"spryfl: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    except (ValueError, OSError) as error:
+        err.print(f"spryfl: {error}", style="red", soft_wrap=True)
         sys.exit(2)
 
 

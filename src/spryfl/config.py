@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_type_hints
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
@@ -24,6 +24,7 @@ from spryfl.partition import PARTITIONS
 
 SCHEMA = 1
 _NAMING = ("kind", "name")  # a section that gives another one starts anew
+_PROSE = ("summary", "paper")  # of a method: said of it, not chosen
 _STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 # Without a method of one's own, the default experiment: Spry with the choices that suit five minutes on a laptop.
 _DEFAULT_METHOD: dict[str, Any] = {"name": "spry", "head": "exact", "estimator": {"directions": 4}}
@@ -64,6 +65,11 @@ class PartitionSection(BaseModel):
     clients: int = Field(40, ge=1)
     held_out: float = Field(0.1, ge=0, lt=1)  # share of each client's rows kept for its own accuracy
     split: dict[str, Any] = {}
+
+    @field_validator("split", mode="before")
+    @classmethod
+    def _full_split(cls, value: Any) -> Any:
+        return _spelled("split", value)
 
 
 class TrainSection(BaseModel):
@@ -112,11 +118,17 @@ class Experiment(BaseModel):
     @field_validator("method", mode="before")
     @classmethod
     def _full_method(cls, value: Any) -> Method:
-        if isinstance(value, str):
-            value = {"name": value}
         if isinstance(value, Method):
-            return value
+            return _resolved(value.__dict__)
+        value = _spelled("method", value)
+        if not isinstance(value, Mapping):
+            raise ValueError(f"method = {value!r}: give a section or a name, one of: {', '.join(METHODS)}.")
         return _method(value if "name" in value else merge(_DEFAULT_METHOD, value))
+
+    @field_validator("adapter", mode="before")
+    @classmethod
+    def _full_adapter(cls, value: Any) -> Any:
+        return _spelled("adapter", value)
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -131,12 +143,13 @@ class Experiment(BaseModel):
             kind["alpha"] = 1.0  # type: ignore[assignment]
         split = resolve("partition.split", PARTITIONS, self.partition.split or kind)
         _consistent(self)
+        train = _settled(self)
         name = self.name or f"{self.method.name}-{Path(self.data.name).stem}"
         # The record is frozen for its users; here it is still being made.
         object.__setattr__(self, "adapter", adapter)
         object.__setattr__(self, "partition", self.partition.model_copy(update={"split": split}))
+        object.__setattr__(self, "train", train)
         object.__setattr__(self, "name", name.replace("/", "-"))
-        methods.build(self.method)
         return self
 
     @classmethod
@@ -147,8 +160,7 @@ class Experiment(BaseModel):
     def as_dict(self) -> dict[str, Any]:
         """Everything resolved, as plain values."""
         out = self.model_dump(by_alias=True, exclude={"method"})
-        plain = asdict(self.method)
-        out["method"] = {key: value for key, value in plain.items() if key not in ("summary", "paper")}
+        out["method"] = {key: _named(value) for key, value in asdict(self.method).items() if key not in _PROSE}
         return out
 
     def toml(self) -> str:
@@ -168,7 +180,7 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
     """Nested mappings, `changes` over `base`. Another kind or method name starts anew: options of the old one go."""
     out = dict(base)
     for key, value in changes.items():
-        old: Any = out.get(key)
+        old: Any = _spelled(key, out.get(key)) if isinstance(value, Mapping) else None
         fits = isinstance(old, Mapping) and isinstance(value, Mapping)
         # Other data keep their settings: a length limit or a column may well suit them too.
         renamed = fits and key != "data" and any(old.get(k, value.get(k)) != value.get(k, old.get(k)) for k in _NAMING)
@@ -195,12 +207,25 @@ def nested(key: str, value: Any) -> dict[str, Any]:
     return value
 
 
+def _named(value: Any) -> Any:
+    """A choice as plain values: a builder of the user's own stands by its name."""
+    kind = value.get("kind") if isinstance(value, Mapping) else None
+    return {**value, "kind": f"{kind.__module__}.{kind.__qualname__}"} if callable(kind) else value
+
+
+def _spelled(key: str, value: Any) -> Any:
+    """A choice given by its name alone, written out: "lora" is {"kind": "lora"}."""
+    return {"name" if key == "method" else "kind": value} if isinstance(value, str) else value
+
+
 def resolve(what: str, registry: Mapping[str, Callable[..., Any]], given: Mapping[str, Any]) -> dict[str, Any]:
     """A choice with all its options filled in and checked against its builder's signature and the builder itself."""
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{what} = {given!r}: give a section with a kind, one of: {', '.join(registry)}.")
     kind: Any = given.get("kind")
     if callable(kind):
         return dict(given)
-    if kind not in registry:
+    if kind not in list(registry):
         shown = "is missing" if kind is None else f'= "{kind}" is unknown{_nearest(str(kind), registry)}'
         raise ValueError(f"{what}.kind {shown}. Possible: {', '.join(registry)}.")
     checked = _checked(what, kind, registry[kind], {k: v for k, v in given.items() if k != "kind"})
@@ -212,32 +237,50 @@ def _checked(what: str, kind: str, builder: Callable[..., Any], options: dict[st
     # The head policy is one setting for all estimators, method.head; it sets this argument.
     arguments = {n: p for n, p in signature.parameters.items() if n != "exact_head"}
     fields: dict[str, Any] = {n: (p.annotation, p.default) for n, p in arguments.items()}
-    schema = create_model(kind, __config__=_STRICT, **fields)
-    try:
-        values = schema(**options).model_dump()
-    except ValidationError as error:
-        raise ValueError("\n".join(_told(one, schema, f"{what} ({kind})") for one in error.errors())) from None
+    values = _typed(fields, options, f"{what} ({kind})")
     builder(**values)
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
+def _typed(fields: dict[str, Any], given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The values of fields (name -> type and default), of the right types; unknown names are errors."""
+    schema = create_model("Given", __config__=_STRICT, **fields)
+    try:
+        return schema(**given).model_dump()
+    except ValidationError as error:
+        raise ValueError("\n".join(_told(one, schema, where) for one in error.errors())) from None
+
+
 def _method(given: Mapping[str, Any]) -> Method:
-    """A row of the table with changes; a choice keeps the row's options unless it is given another kind."""
-    given = dict(given)
-    name = given.pop("name")
-    if name not in METHODS:
-        raise ValueError(f'method "{name}" is unknown{_nearest(name, METHODS)}. Possible: {", ".join(METHODS)}.')
-    row = asdict(METHODS[name])
-    unknown = [key for key in given if key not in row or key in ("summary", "paper")]
+    """A row of the table with changes; a choice keeps the row's options unless it is given another kind.
+
+    Another name than a row's is a method of one's own if it makes every choice itself.
+    """
+    name = given["name"]
+    if not isinstance(name, str) or (name not in METHODS and not set(REGISTRIES) <= set(given)):
+        near = _nearest(str(name), METHODS)
+        raise ValueError(f'method "{name}" is unknown{near}. Possible: {", ".join(METHODS)}.')
+    row = vars(METHODS.get(name) or Method(name))
+    unknown = [key for key in given if key not in row or key in _PROSE]
     if unknown:
-        keys = [key for key in row if key not in ("summary", "paper")]
+        keys = [key for key in row if key not in _PROSE]
         raise ValueError(f"method.{unknown[0]} is unknown{_nearest(unknown[0], keys)}. Possible: {', '.join(keys)}.")
-    for what, registry in REGISTRIES.items():
-        own = given.pop(what, {})
-        own = {"kind": own} if isinstance(own, str) else own
-        same = own.get("kind", row[what]["kind"]) == row[what]["kind"]
-        row[what] = resolve(f"method.{what}", registry, {**row[what], **own} if same else own)
-    made = Method(**{**row, **given})
+    choices = {what: _changed(row[what], _spelled(what, given.get(what, {}))) for what in REGISTRIES}
+    return _resolved({**row, **given, **choices})
+
+
+def _changed(row: Mapping[str, Any], own: Any) -> Any:
+    """A row's choice with one's own options, or one's own if it is of another kind."""
+    same = isinstance(own, Mapping) and own.get("kind", row["kind"]) == row["kind"]
+    return {**row, **own} if same else own
+
+
+def _resolved(given: Mapping[str, Any]) -> Method:
+    """A method whose choices have all their options, checked and built once."""
+    choices: Any = {what: resolve(f"method.{what}", registry, given[what]) for what, registry in REGISTRIES.items()}
+    types = get_type_hints(Method)
+    plain = {key: value for key, value in given.items() if key not in REGISTRIES}
+    made = Method(**_typed({key: (types[key], ...) for key in plain}, plain, "method"), **choices)
     methods.build(made)
     return made
 
@@ -245,7 +288,7 @@ def _method(given: Mapping[str, Any]) -> Method:
 def _consistent(experiment: Experiment) -> None:
     """What two settings together must not be."""
     train, clients = experiment.train, experiment.partition.clients
-    if train.cohort > clients:
+    if train.cohort > clients and "cohort" in train.model_fields_set:
         raise ValueError(
             f"train.cohort = {train.cohort} clients a round, but partition.clients = {clients}. Lower the cohort."
         )
@@ -257,19 +300,26 @@ def _consistent(experiment: Experiment) -> None:
         raise ValueError("train.keep_prefix has no effect with train.dropout: the masks change. Remove one of them.")
     if not train.steps and not train.epochs:
         raise ValueError("train.epochs = 0 and train.steps = 0: no local training. Set one of them.")
-    if train.steps and "epochs" not in train.model_fields_set:
-        object.__setattr__(train, "epochs", 0)
     if experiment.method.assignment["kind"] == "nobody" and experiment.method.head == "split":
         raise ValueError('method.head = "split" with assignment "nobody" leaves nothing to train. Use head = "shared".')
-    if experiment.data.test and "test_share" in experiment.data.model_fields_set:
+    if experiment.data.test and experiment.data.test_share != DataSection.model_fields["test_share"].default:
         raise ValueError("data.test_share has no effect with data.test (a file of test rows). Remove one.")
+
+
+def _settled(experiment: Experiment) -> TrainSection:
+    """The rounds, with what follows from other settings: steps take the place of epochs, few clients make a cohort."""
+    train, given = experiment.train, experiment.train.model_fields_set
+    cohort = train.cohort if "cohort" in given else min(train.cohort, experiment.partition.clients)
+    epochs = 0 if train.steps and "epochs" not in given else train.epochs
+    return train.model_copy(update={"cohort": cohort, "epochs": epochs})
 
 
 def _read(path: str | Path) -> dict[str, Any]:
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"configuration {path} is not there. Give the path of a TOML file.") from None
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ValueError(f"configuration {path} cannot be read: {reason}. Give the path of a TOML file.") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"configuration {path} is not UTF-8 (byte {error.start}). Save it as UTF-8.") from None
     except tomllib.TOMLDecodeError as error:
@@ -282,9 +332,14 @@ def _told(error: Any, model: type[BaseModel], where: str = "") -> str:
     place = ".".join(filter(None, [where, *path])) or "the experiment"
     if error["type"] == "extra_forbidden":
         keys = _keys(model, path[:-1])
-        return f"unknown key {place}{_nearest(path[-1], keys)}. Possible: {', '.join(keys)}."
+        possible = f"Possible: {', '.join(keys)}." if keys else "It takes no options."
+        return f"unknown key {place}{_nearest(path[-1], keys)}. {possible}"
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
+    if error["type"] == "model_type":
+        return f"{place} = {error['input']!r}: it is a section, [{place}]. Its keys: {', '.join(_keys(model, path))}."
+    if error["type"] == "dict_type":
+        return f"{place} = {error['input']!r}: it is a section, [{place}], with a kind."
     return f"{place} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}."
 
 

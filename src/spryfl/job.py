@@ -5,6 +5,7 @@ Cost: the model once, the tokens of all rows, and what the loop costs.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import platform
 import subprocess
@@ -193,8 +194,11 @@ def resume(job: Job, folder: Path) -> tuple[Journal, ServerState, Progress]:
     """The run in a folder, from its newest state; from the start if it was killed before the first."""
     opened = journal.open_folder(folder)
     begun = opened.state_file(journal.NEWEST).is_file()
-    state, progress = journal.load(opened) if begun else train.start(job.plan, job.model.params)
+    state, progress = fresh = train.start(job.plan, job.model.params)
+    if begun:
+        state, progress = journal.load(opened)
     _same_data(opened, job)
+    _same_values(opened, state, fresh[0])
     journal.rewind(opened, state.round if begun else -1)
     return opened, state, progress
 
@@ -202,25 +206,34 @@ def resume(job: Job, folder: Path) -> tuple[Journal, ServerState, Progress]:
 def run(
     job: Job, opened: Journal | None, state: ServerState, progress: Progress
 ) -> Iterator[tuple[dict[str, Any], ServerState]]:
-    """The rounds that are left; at the end the adapter is written and the run is called complete, or cancelled."""
+    """The rounds that are left; at the end the adapter is written and the run is called complete."""
+    if opened and not train.unfinished(job.plan, state, progress) and journal.facts_of(opened)["state"] == "complete":
+        return
     final = state
     note(opened, state="running")
-    try:
-        for record, final in train.train(job.plan, state, progress, exchange(job), evaluate(job), opened):
-            yield record, final
-    except KeyboardInterrupt:
-        note(opened, state="cancelled")
-        raise
+    for record, final in train.train(job.plan, state, progress, exchange(job), evaluate(job), opened):
+        yield record, final
     if opened:
         export(job, final.params, opened.folder / "adapter")
         note(opened, state="complete", ended=_now())
+
+
+@contextlib.contextmanager
+def cancelling(opened: Journal | None) -> Iterator[None]:
+    """Around what consumes `run`: an interruption, wherever it comes, leaves a run that is called cancelled."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        note(opened, state="cancelled")
+        raise
 
 
 def export(job: Job, params: Params, folder: Path) -> None:
     """The adapter and head in PEFT's format; a folder for each client where nobody shares."""
     own = own_models(job, params)
     for i, values in enumerate(own):
-        models.save_adapter(job.model, values, folder if len(own) == 1 else folder / f"client-{i:03d}", card(job))
+        with journal.writing(folder):
+            models.save_adapter(job.model, values, folder if len(own) == 1 else folder / f"client-{i:03d}", card(job))
 
 
 def card(job: Job) -> dict[str, Any]:
@@ -228,6 +241,7 @@ def card(job: Job) -> dict[str, Any]:
     d = job.experiment
     return {
         "model": d.model.name,
+        "revision": d.model.revision,
         "labels": list(job.model.labels),
         "max_length": d.data.max_length,
         "method": d.method.name,
@@ -269,6 +283,19 @@ def _same_data(opened: Journal, job: Job) -> None:
         raise ValueError(
             f"the data of {opened.folder} have changed since it began ({job.corpus.source}; the docstrings change with "
             f"the installed packages). Restore them, or start a new run."
+        )
+
+
+def _same_values(opened: Journal, state: ServerState, fresh: ServerState) -> None:
+    """A state of other names or shapes belongs to another adapter, model or method."""
+    shapes, expected = (
+        [{name: value.shape for name, value in values.items()} for values in (one.params, *one.optimizer.values())]
+        for one in (state, fresh)
+    )
+    if shapes != expected:
+        raise ValueError(
+            f"the state of {opened.folder} does not fit its config.toml: the model, the adapter or the method was "
+            f"changed since the run began. Restore config.toml, or start a new run."
         )
 
 

@@ -51,17 +51,18 @@ class Journal(NamedTuple):
 
 
 def create(folder: Path, config: str, facts: Mapping[str, Any]) -> Journal:
-    """Makes a new run folder; a ValueError if there is one already."""
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
+    """Makes a new run folder, whole from its first moment; a ValueError if there is one already."""
+    if folder.exists():
         raise ValueError(
             f"the run folder {folder} is there already, and nothing in it was touched. "
             f"Choose another --name, or go on with: spryfl resume {folder}"
-        ) from None
-    (folder / "state").mkdir()
-    _replace(folder / "config.toml", config.encode())
-    describe(Journal(folder), facts)
+        )
+    beside = folder.with_name(folder.name + ".part")
+    with writing(folder):
+        (beside / "state").mkdir(parents=True, exist_ok=True)
+        _replace(beside / "config.toml", config.encode())
+        describe(Journal(beside), facts)
+        beside.rename(folder)
     return Journal(folder)
 
 
@@ -79,12 +80,12 @@ def describe(journal: Journal, facts: Mapping[str, Any]) -> None:
 
 def facts_of(journal: Journal) -> dict[str, Any]:
     """run.json as it stands."""
-    return json.loads((journal.folder / "run.json").read_text(encoding="utf-8"))
+    return _parsed(journal.folder / "run.json", _text(journal.folder / "run.json"))
 
 
 def append(journal: Journal, record: Mapping[str, Any]) -> None:
     """Adds one record and waits until it is on the disk."""
-    with _disk(journal.records_file), open(journal.records_file, "a", encoding="utf-8", newline="\n") as file:
+    with writing(journal.records_file), open(journal.records_file, "a", encoding="utf-8", newline="\n") as file:
         file.write(json.dumps({"schema": SCHEMA, **record}) + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -94,8 +95,7 @@ def records(journal: Journal) -> list[dict[str, Any]]:
     """All whole records; a last line that was cut short is left out."""
     if not journal.records_file.is_file():
         return []
-    lines = journal.records_file.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    return [_parsed(journal.records_file, line) for line in _text(journal.records_file).split("\n")[:-1]]
 
 
 def save(journal: Journal, which: str, state: ServerState, progress: Progress) -> None:
@@ -137,10 +137,26 @@ def _state(header: Mapping[str, Any], tensors: Params) -> ServerState:
     return ServerState(header["round"], parts.pop("params"), parts)
 
 
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}. Restore it, or start a new run.") from None
+
+
+def _parsed(path: Path, text: str) -> dict[str, Any]:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path} is damaged: {text[:40]!r} is not JSON ({error.msg}). Restore it, or start a new run."
+        ) from None
+
+
 def _replace(path: Path, data: bytes) -> None:
     """Writes a file beside `path` and puts it in its place in one step."""
     beside = path.with_name(path.name + ".part")
-    with _disk(path, lambda: beside.unlink(missing_ok=True)):
+    with writing(path, lambda: beside.unlink(missing_ok=True)):
         with open(beside, "wb") as file:
             file.write(data)
             file.flush()
@@ -149,7 +165,7 @@ def _replace(path: Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def _disk(path: Path, undo: Callable[[], None] = lambda: None) -> Iterator[None]:
+def writing(path: Path, undo: Callable[[], None] = lambda: None) -> Iterator[None]:
     """One clear message for a disk that is full or cannot be written to."""
     try:
         yield

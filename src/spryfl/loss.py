@@ -76,7 +76,7 @@ class ModelLoss:
         return Cut(features, head)
 
     def checkpointed(self, params: Params, batch: Batch, seed: int | None = None) -> Tensor:
-        with checkpointing(block for _, block in self._blocks):
+        with checkpointing(self._recomputed):
             return self(params, batch, seed)
 
     def logits(self, params: Params, batch: Batch) -> Tensor:
@@ -124,6 +124,15 @@ class ModelLoss:
         base = self.module.get_base_model()  # type: ignore[operator]
         trunk = getattr(base, base.base_model_prefix)
         return next(path for path, module in self.module.named_modules() if module is trunk), trunk
+
+    @cached_property
+    def _recomputed(self) -> list[nn.Module]:
+        """The blocks to checkpoint; where transformers marks none (ALBERT), those of the trunk's first list."""
+        marked = [block for _, block in self._blocks]
+        blocks = marked or next((list(m) for m in self._trunk[1].modules() if isinstance(m, nn.ModuleList)), [])
+        if not blocks:
+            raise ValueError(f"{type(self._trunk[1]).__name__} has no list of layers. Use checkpoint = false.")
+        return blocks
 
     @cached_property
     def _blocks(self) -> tuple[tuple[str, nn.Module], ...]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
-from spryfl import adapters, tasks
+from spryfl import adapters, hub, tasks
 from spryfl.hooks import seeded
 from spryfl.loss import ModelLoss, Prefix
 from spryfl.types import Batch, Params, Unit
@@ -64,6 +64,7 @@ def load(
     """A sequence classifier with these labels and its tokenizer; a new head starts from `seed`."""
     where, _ = resolve(name)
     options: dict[str, Any] = {"revision": revision or None, "trust_remote_code": trust_remote_code}
+    options["local_files_only"] = Path(where).is_dir() or not hub.reachable()
     chosen = {} if attention == "default" else {"attn_implementation": attention}
     names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     with seeded(seed), _silent(), _explained(name):
@@ -71,12 +72,12 @@ def load(
         model = AutoModelForSequenceClassification.from_pretrained(
             where, num_labels=len(labels), ignore_mismatched_sizes=True, **names, **chosen, **options
         )
-    model.config.use_cache = False
     return settled(model, tokenizer), tokenizer
 
 
 def settled(model: Any, tokenizer: Any) -> Any:
-    """Gives a decoder without a padding token one: its end-of-text token."""
+    """Gives a decoder without a padding token one, its end-of-text token; a cache of keys would only cost memory."""
+    model.config.use_cache = False
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if model.config.pad_token_id is None:
@@ -97,8 +98,18 @@ def prepare(
     """Puts an adapter (a new one, or the folder of a saved one) on a model and lists its units."""
     with seeded(seed):
         made = adapters.load(model, adapter) if isinstance(adapter, str) else adapters.wrap(model, adapter)
-    where = torch.device(device)
+    where = usable(device)
     return Model(made.module.to(where), tokenizer, made.params, made.units, labels, source, where)
+
+
+def usable(device: str) -> torch.device:
+    """The device of that name; a ValueError if there is none here."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # unknown, not built in, not there
+        found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        possible = ", ".join(["cpu", *(name for name, there in found.items() if there)])
+        raise ValueError(f'device = "{device}" cannot be used here: {_first(error)} Possible: {possible}.') from error
 
 
 def loss_fn(model: Model, fixed: Params, dropout: bool = False, keep: int = 0) -> ModelLoss:
@@ -148,7 +159,7 @@ def open_adapter(folder: Path, trust_remote_code: bool = False, device: str = "c
     """The model that a saved adapter belongs to, with the adapter on it."""
     card = read_card(folder)
     labels = tuple(card["labels"])
-    base, tokenizer = load(card["model"], labels, trust_remote_code=trust_remote_code)
+    base, tokenizer = load(card["model"], labels, revision=card["revision"], trust_remote_code=trust_remote_code)
     _, source = resolve(card["model"])
     return prepare(base, tokenizer, labels, str(folder), source=source, device=device)
 

@@ -39,12 +39,15 @@ def read(folder: Path) -> Run:
     try:
         config = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
         facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        lines = (folder / "records.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
-    except FileNotFoundError as error:
+        file = folder / "records.jsonl"  # not there before the first round
+        lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.is_file() else []
+        return Run(folder.resolve().name, config, facts, [json.loads(line) for line in lines])
+    except OSError as error:
         raise ValueError(
             f"{folder} is not a run folder: {Path(error.filename).name} is missing. Give runs/<name>."
         ) from None
-    return Run(folder.resolve().name, config, facts, [json.loads(line) for line in lines])
+    except ValueError as error:
+        raise ValueError(f"a file of {folder} is damaged: {error}.") from None
 
 
 def scored(run: Run) -> list[Record]:
@@ -59,6 +62,8 @@ def rows(runs: Sequence[Run]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
 
 
 def _row(run: Run) -> tuple[str, ...]:
+    if not scored(run):  # killed before its first record
+        return (run.name, run.facts["state"], *("-",) * 9)
     last, at = run.records[-1], scored(run)[-1]
     passes = last["value_passes"] + last["tangent_passes"] + last["backward_passes"]
     peak = max(record.get("peak_bytes", 0) for record in run.records)

@@ -71,14 +71,25 @@ def train(
     journal: Journal | None = None,
 ) -> Iterator[tuple[Record, ServerState]]:
     """Runs the rounds that are left and yields each one's record, after it and the state are safe on the disk."""
-    if progress.best < 0:  # never evaluated: the run has not begun
+    if not _begun(progress):
         record, progress = _first(state, progress, evaluate)
         _keep(journal, record, state, progress)
         yield record, state
-    while state.round < plan.rounds and not _plateau(plan, progress):
+    while unfinished(plan, state, progress):
         record, state, progress = one_round(plan, state, progress, exchange, evaluate)
         _keep(journal, record, state, progress)
         yield record, state
+
+
+def unfinished(plan: Plan, state: ServerState, progress: Progress) -> bool:
+    """Whether there is something left to do: the first record, or rounds before the last one or a plateau."""
+    plateau = bool(plan.patience) and progress.waited >= plan.patience
+    return not _begun(progress) or (state.round < plan.rounds and not plateau)
+
+
+def _begun(progress: Progress) -> bool:
+    """Whether the model has been evaluated once."""
+    return progress.best >= 0
 
 
 def _first(state: ServerState, progress: Progress, evaluate: Evaluate) -> tuple[Record, Progress]:
@@ -154,10 +165,6 @@ def _personal(updates: Sequence[Update]) -> Record:
 def _mean(weighted: Sequence[tuple[float, int]]) -> float | None:
     total = sum(weight for _, weight in weighted)
     return sum(value * weight for value, weight in weighted) / total if total else None
-
-
-def _plateau(plan: Plan, progress: Progress) -> bool:
-    return bool(plan.patience) and progress.waited >= plan.patience
 
 
 def _keep(journal: Journal | None, record: Record, state: ServerState, progress: Progress) -> None:

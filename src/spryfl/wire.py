@@ -22,6 +22,7 @@ from spryfl.types import Instruction, Passes, Update
 SCHEMA = 1
 _MAGIC = b"SPRYFL\x00\x01"
 _PREFIX = struct.Struct("<8sII")
+_MEASURED = struct.Struct("<dq")  # seconds, peak bytes: of one length, so that the bytes sent do not hang on the clock
 _DTYPES = {
     str(t).removeprefix("torch."): t for t in (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64)
 }
@@ -59,6 +60,8 @@ def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def encode(message: Instruction | Update) -> bytes:
     """A message as bytes; `len` of it is what travels."""
     fields = message._asdict()
+    if isinstance(message, Update):
+        fields["measured"] = _MEASURED.pack(fields.pop("seconds"), fields.pop("peak_bytes")).hex()
     return pack({"kind": type(message).__name__, **fields, "params": None}, fields["params"])
 
 
@@ -70,6 +73,7 @@ def decode(data: bytes) -> Instruction | Update:
     if kind == "Instruction":
         return Instruction(**{**header, "names": tuple(header["names"])})
     if kind == "Update":
+        header["seconds"], header["peak_bytes"] = _MEASURED.unpack(bytes.fromhex(header.pop("measured")))
         return Update(**{**header, "passes": Passes(*header["passes"])})
     raise ValueError(f"a message of unknown kind {kind!r}; possible: Instruction, Update.")
 

@@ -6,12 +6,14 @@ their columns are asked for (CSV and JSON: when they are found). The network is 
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 from spryfl.data import tables
 from spryfl.data.tables import Table
+from spryfl.hub import reachable
 
 POSSIBLE = (
     f"docstrings, a file ({', '.join(tables.READERS)}), a folder with train and test files,"
@@ -83,6 +85,11 @@ def _table(found: Any) -> Table:
 def hub(name: str, test: str, revision: str) -> dict[str, Table]:
     import datasets  # heavy, and most runs do not need it
 
+    if not os.environ.get("HF_HUB_OFFLINE") and not reachable():
+        raise ValueError(
+            f'data: "{name}" is no file here, and the Hugging Face hub cannot be reached.\n'
+            "    Check the network, use a local file or docstrings, or set HF_HUB_OFFLINE=1 for a set kept from before."
+        )
     match = HUB_NAME.fullmatch(name)
     assert match is not None  # is_local saw to it
     try:
