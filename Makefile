@@ -2,9 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n 2
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -19,8 +19,11 @@ $(VENV)/.test: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e ".[test]"
 	@touch $@ $(VENV)/.quickstart
 
-quickstart: $(VENV)/.quickstart  ## finetune MiniLM with Spry, then its head alone, and compare
-	$(BIN)/spryfl run --set name='"quickstart"' --out runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
+quickstart: $(VENV)/.quickstart  ## finetune MiniLM with Spry, then its head alone by the same settings, and compare
+	@out=runs/quickstart-$$(date +%Y%m%d-%H%M%S); set -e; \
+	$(BIN)/spryfl run --out $$out --name spry; \
+	$(BIN)/spryfl run --out $$out --name head-alone --set method.assignment.kind=nobody; \
+	$(BIN)/spryfl report $$out/spry $$out/head-alone
 
 test: $(VENV)/.test  ## the whole suite, with lint and types
 	$(BIN)/ruff check .

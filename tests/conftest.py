@@ -6,6 +6,7 @@ import os
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side; tiny products gain nothing from threads
 
 import csv
 import random
@@ -15,6 +16,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+torch.set_num_threads(1)
 
 GOOD = ["good", "fine", "lovely", "bright", "warm"]
 BAD = ["bad", "poor", "dull", "cold", "sad"]

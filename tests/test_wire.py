@@ -62,7 +62,7 @@ def test_predicted_traffic_is_what_the_messages_hold_but_for_their_headers():
     params = {"a": torch.zeros(6), "b": torch.zeros(4), "h": torch.zeros(3)}
     told = [Instruction(1, i, 0, names, params) for i, names in enumerate((("a", "h"), ("b", "h")))]
     done = [DONE._replace(client=t.client, params={n: params[n] for n in t.names}) for t in told]
-    predicted = costs.traffic(units[:2], [units[:1], units[1:2]], units[2:])
+    predicted = costs.traffic(units, [(units[0], units[2]), (units[1], units[2])])
     headers = sum(len(wire.encode(message._replace(params={}))) for message in [*told, *done])
     index = sum(len(wire.encode(m)) for m in [*told, *done]) - headers - 4 * (predicted.down + predicted.up)
     assert predicted == (26, 16)

@@ -249,6 +249,7 @@ def _go(experiment: Experiment, folder: Path, fresh: bool) -> None:
 
 def _head(made: Job, folder: Path) -> None:
     """Before the first round: what is about to happen."""
+    from spryfl import train
     from spryfl.methods import METHODS
 
     e, m = made.experiment, made.model
@@ -260,7 +261,9 @@ def _head(made: Job, folder: Path) -> None:
     out.print(f"data    {len(rows.labels)} training rows, {len(test.labels)} test rows, {len(m.labels)} classes{cut}")
     units = sum(not u.head for u in m.units)
     out.print(f"model   {e.model.name}: {adapter} adapter values in {units} units, {head} in the head")
+    down, up = (4 * values / 1e3 for values in train.predicted(made.plan))
     out.print(f"clients {made.plan.clients}, {made.plan.cohort} a round, {made.plan.rounds} rounds")
+    out.print(f"traffic {down:.0f} kB down and {up:.0f} kB up a round, predicted, without the messages' headers")
     row = METHODS.get(e.method.name)
     changed = [
         f"{key} {_shown(value)} (row: {_shown(getattr(row, key))})"

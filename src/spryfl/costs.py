@@ -68,15 +68,12 @@ class Traffic(NamedTuple):
     up: int
 
 
-def traffic(units: Sequence[Unit], dealt: Sequence[Sequence[Unit]], head: Sequence[Unit]) -> Traffic:
-    """Predicted values of a round: every client needs all values for its forward pass and returns those it moved.
+def traffic(sent: Sequence[Unit], dealt: Sequence[Sequence[Unit]]) -> Traffic:
+    """Predicted values of a round: each client gets all that may move, for its forward pass, and returns what it moved.
 
     Args:
-        units: those that may move at all.
-        dealt: each client's units, head units of its own among them.
-        head: the units that every client trains besides.
+        sent: the units that travel to every client.
+        dealt: each client's own units, those of the head among them.
     """
-    head_size = sum(unit.size for unit in head)
-    everything = sum(unit.size for unit in units) + head_size
-    up = sum(sum(unit.size for unit in mine) + head_size for mine in dealt)
-    return Traffic(down=everything * len(dealt), up=up)
+    down = sum(unit.size for unit in sent) * len(dealt)
+    return Traffic(down, sum(unit.size for mine in dealt for unit in mine))

@@ -34,7 +34,7 @@ def begin(
     """An instruction for each client of the cohort: its units, the head unless it is split, all current values."""
     round_ = state.round + 1
     dealt = deal(units, cohort, method, round_)
-    sent = _needed(units, dealt.values())
+    sent = tuple(name for unit in needed(units, dealt.values()) for name in unit.params)
     return [
         Instruction(
             round=round_,
@@ -95,10 +95,10 @@ def objection(update: Update, told: Instruction | None) -> str:
     return "" if tree.is_finite(update.params) else "returns values that are not finite"
 
 
-def _needed(units: Sequence[Unit], dealt: Iterable[tuple[Unit, ...]]) -> tuple[str, ...]:
-    """Names that must travel: all, unless only the head ever moves; the rest then is as the model starts."""
+def needed(units: Sequence[Unit], dealt: Iterable[tuple[Unit, ...]]) -> list[Unit]:
+    """Units that must travel: all, unless only the head ever moves; the rest then is as the model starts."""
     only_head = all(unit.head for mine in dealt for unit in mine)
-    return tuple(name for unit in units if unit.head or not only_head for name in unit.params)
+    return [unit for unit in units if unit.head or not only_head]
 
 
 def _own(client: int, name: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from spryfl import journal as disk
 from spryfl import noise, server
+from spryfl.costs import Traffic, traffic
 from spryfl.journal import Journal, Progress
 from spryfl.methods import Built
 from spryfl.types import Instruction, Params, Passes, ServerState, Unit, Update
@@ -50,6 +51,12 @@ TIMED = ("seconds", "peak_bytes")  # the fields of a record that may differ betw
 def cohort(plan: Plan, round_: int) -> list[int]:
     """The clients of a round, drawn without replacement, in the order of their slots."""
     return random.Random(noise.child_seed(plan.seed, "cohort", round_)).sample(range(plan.clients), plan.cohort)
+
+
+def predicted(plan: Plan) -> Traffic:
+    """Values that travel in the first round, by count."""
+    dealt = server.deal(plan.units, cohort(plan, 1), plan.method, 1)
+    return traffic(server.needed(plan.units, dealt.values()), list(dealt.values()))
 
 
 def lost(seed: int, share: float) -> Callable[[int, int], bool]:
