@@ -135,11 +135,11 @@ def seeded(f, seed: int = 7):
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_dropout_has_one_mask(k: int) -> None:
-    q = torch.randn(2, 2, 6, 4).double()
+    heads = {n: torch.randn(2, 2, 6, 4).double() for n in "qkv"}
     f = lambda p: F.dropout(torch.tanh(p["w"]), 0.5, True).sum() ** 2  # noqa: E731
     agrees(seeded(f), {"w": W}, k)
-    g = lambda p: F.scaled_dot_product_attention(p["q"], q, q, dropout_p=0.4).square().sum()  # noqa: E731
-    agrees(seeded(g), {"q": torch.randn(2, 2, 6, 4).double()}, k)
+    g = lambda p: F.scaled_dot_product_attention(*p.values(), dropout_p=0.4).square().sum()  # noqa: E731
+    agrees(seeded(g), heads, k)
     h = lambda p: F.alpha_dropout(p["w"], 0.5, True).square().sum()  # noqa: E731 - no rule: torch's own forward mode
     agrees(seeded(h), {"w": W}, k)
 
@@ -207,6 +207,15 @@ def test_lost_tangents_are_errors() -> None:
         jvp(lambda p: torch.zeros(9, 4).double()[:5].copy_(p["w"]), {"w": W}, d)
     with pytest.raises(NotImplementedError, match=r"no forward-mode rule for .*cdist"):
         jvp(lambda p: torch.cdist(p["w"], X), {"w": W}, d)
+
+
+def test_an_operator_that_drops_its_tangent_is_an_error() -> None:
+    """Torch gives no tangent, and no error, for a library's operator without derivatives."""
+    with torch.library._scoped_library("spryfl_tests", "FRAGMENT") as library:
+        library.define("twice(Tensor x) -> Tensor")
+        library.impl("twice", lambda x: x.detach() * 2, "CPU")
+        with pytest.raises(NotImplementedError, match=r"no forward-mode rule for .*twice"):
+            jvp(lambda p: torch.ops.spryfl_tests.twice(p["w"]), {"w": W}, {"w": torch.ones(1, 5, 4).double()})
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
