@@ -191,7 +191,11 @@ def contestants(s: Shape, ks: list[int], opponents: bool) -> Iterator[tuple[str,
 
 
 def timed(run: Run) -> tuple[float, float]:
-    """Wall and CPU seconds of one run."""
+    """Wall and CPU seconds of one run, in its steady state: after one of its own kind, as in training.
+
+    A run straight after another program's pays for the pages that one gave back to the system.
+    """
+    run()
     wall, cpu = time.perf_counter(), time.process_time()
     run()
     return time.perf_counter() - wall, time.process_time() - cpu
@@ -200,8 +204,6 @@ def timed(run: Run) -> tuple[float, float]:
 def race(entries: list[tuple[str, Run]], repeats: int) -> list[dict[str, Any]]:
     """All by turns, each beside a forward pass of its own; medians."""
     reference = entries[0][1]
-    for _, run in entries:
-        run()
     samples: dict[str, list[tuple[float, float, float, float]]] = {name: [] for name, _ in entries}
     for _ in range(repeats):
         for name, run in entries:

@@ -33,7 +33,7 @@ class TestDefaults:
             40,
             8,
         )
-        assert (made.method.name, made.method.head, made.method.estimator["directions"]) == ("spry", "exact", 4)
+        assert (made.method.name, made.method.head, made.method.estimator["directions"]) == ("spry", "shared", 1)
         assert made.partition.split == {"kind": "natural"}
         assert made.adapter["kind"] == "lora"
         assert made.adapter["r"] == 1
@@ -45,7 +45,7 @@ class TestDefaults:
 
     def test_changes_without_a_name_change_the_default_method(self):
         made = parse({"method": {"head_lr": 2.0}})
-        assert (made.method.name, made.method.head, made.method.head_lr) == ("spry", "exact", 2.0)
+        assert (made.method.name, made.method.head, made.method.head_lr) == ("spry", "shared", 2.0)
 
     def test_files_are_split_by_dirichlet_and_groups_naturally(self):
         assert parse({"data": {"name": "a.csv"}}).partition.split == {"kind": "dirichlet", "alpha": 1.0}

@@ -62,7 +62,7 @@ def run(
     runs: Runs = Path("runs"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")] = False,
 ) -> None:
-    """Finetune. Without arguments: MiniLM, 40 clients, Spry, on English that every machine has."""
+    """Finetune. Without --config, --method, --data or --model: the quickstart, on English that every machine has."""
     from spryfl import config as settings
 
     flags = {
@@ -85,6 +85,8 @@ def run(
             changes = settings.merge(changes, settings.nested(key, value))
     for one in set_ or []:
         changes = settings.merge(changes, settings.assignment(one))
+    if not (config or method or data or model):
+        config = settings.QUICKSTART
     experiment = settings.Experiment.load(config, changes)
     if dry_run:
         print(experiment.toml(), end="")

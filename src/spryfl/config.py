@@ -26,8 +26,8 @@ SCHEMA = 1
 _NAMING = ("kind", "name")  # a section that gives another one starts anew
 _PROSE = ("summary", "paper")  # of a method: said of it, not chosen
 _STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-# Without a method of one's own, the default experiment: Spry with the choices that suit five minutes on a laptop.
-_DEFAULT_METHOD: dict[str, Any] = {"name": "spry", "head": "exact", "estimator": {"directions": 4}}
+_DEFAULT_METHOD = "spry"
+QUICKSTART = Path(__file__).with_name("quickstart.toml")  # what `spryfl run` does without arguments
 
 
 class ModelSection(BaseModel):
@@ -105,7 +105,7 @@ class Experiment(BaseModel):
     data: DataSection = DataSection()
     partition: PartitionSection = PartitionSection()
     adapter: dict[str, Any] = {"kind": "lora"}
-    method: Method = Field(default_factory=lambda: _method(_DEFAULT_METHOD))
+    method: Method = Field(default_factory=lambda: _method({"name": _DEFAULT_METHOD}))
     train: TrainSection = TrainSection()
 
     @field_validator("schema_")
@@ -123,7 +123,7 @@ class Experiment(BaseModel):
         value = _spelled("method", value)
         if not isinstance(value, Mapping):
             raise ValueError(f"method = {value!r}: give a section or a name, one of: {', '.join(METHODS)}.")
-        return _method(value if "name" in value else merge(_DEFAULT_METHOD, value))
+        return _method({"name": _DEFAULT_METHOD, **value})
 
     @field_validator("adapter", mode="before")
     @classmethod

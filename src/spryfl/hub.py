@@ -5,17 +5,18 @@ Without a network its client tries for a minute, with a warning at each attempt,
 
 from __future__ import annotations
 
-import os
 import socket
 import urllib.request
 from urllib.parse import urlsplit
+
+from huggingface_hub.constants import ENDPOINT
 
 
 def reachable() -> bool:
     """False if the hub's address is unknown here and no proxy could know it."""
     if urllib.request.getproxies():
         return True
-    host = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co").hostname
+    host = urlsplit(ENDPOINT).hostname
     try:
         socket.getaddrinfo(host, 443)
     except OSError:
