@@ -15,8 +15,8 @@ from spryfl.types import Passes
 CASES = {
     "backprop": [{}, {"checkpoint": True}],
     "forward": [
-        {"directions": k, "distribution": d, "exact_head": exact}
-        for k in (1, 4, 8)
+        {"directions": k, "distribution": d, "exact_head": exact, "chunk": chunk}
+        for k, chunk in ((1, 0), (4, 0), (4, 3))
         for d in noise.DISTRIBUTIONS
         for exact in (False, True)
     ],
@@ -144,9 +144,22 @@ def test_forward_counts_one_value_pass_for_all_directions():
     assert forward(directions=8)(Toy(), params, batch, 0).passes == Passes(1, 8, 0)
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_chunks_change_nothing_but_the_passes(exact):
+    params, batch = problem()
+    whole, parts = (forward(directions=8, chunk=c, exact_head=exact)(Toy(), params, batch, 0) for c in (0, 3))
+    assert [t.coefficient for t in parts.terms] == pytest.approx([t.coefficient for t in whole.terms], rel=1e-12)
+    assert [t.seed for t in parts.terms] == [t.seed for t in whole.terms]
+    assert (whole.passes, parts.passes) == (Passes(1, 8, 0), Passes(3, 8, 0))
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
-    [({"directions": 0}, "at least 1 direction"), ({"distribution": "cauchy"}, "gaussian, rademacher, sphere")],
+    [
+        ({"directions": 0}, "at least 1 direction"),
+        ({"directions": 4, "chunk": 4}, "less than that"),
+        ({"distribution": "cauchy"}, "gaussian, rademacher, sphere"),
+    ],
 )
 def test_bad_options_are_refused(options, text):
     with pytest.raises(ValueError, match=text):

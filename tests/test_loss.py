@@ -104,6 +104,19 @@ def test_nothing_is_kept_unless_asked_or_under_dropout(loaded):
     for fn in (models.loss_fn(model, params), models.loss_fn(model, params, dropout=True, keep=1_000_000)):
         fn(moved, batch, 1)
         assert not fn.prefix.answers
+    assert fn.prefix.latest[1] is None
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_chunks_of_directions_share_the_prefix(loaded, exact):
+    model, params, rows = loaded
+    moved, batch = of_layer(params, 2), tasks.collate(rows, range(4))
+    fixed = {n: v for n, v in params.items() if n not in moved}
+    chunked = forward(directions=6, chunk=2, exact_head=exact)
+    parts, ran = blocks_run(model, lambda: chunked(models.loss_fn(model, fixed), moved, batch, 1))
+    whole = forward(directions=6, exact_head=exact)(models.loss_fn(model, fixed), moved, batch, 1)
+    assert ran.count(0) == ran.count(1) == 1
+    assert [t.coefficient for t in parts.terms] == [t.coefficient for t in whole.terms]
 
 
 def test_same_batches_come_again_in_another_order():

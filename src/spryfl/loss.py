@@ -27,18 +27,27 @@ from spryfl.types import Batch, Cut, Features, Params
 
 @dataclass
 class Prefix:
-    """Answers of the blocks before the first moved value, by the batch's contents, up to `limit` bytes."""
+    """Answers of the blocks before the first moved value, by the batch's contents.
+
+    The latest one is always kept, so that all passes over one batch share it; up to `limit` bytes of others besides.
+    """
 
     limit: int = 0
     held: int = 0
     answers: dict[bytes, Any] = field(default_factory=dict)
+    latest: tuple[bytes, Any] = (b"", None)
 
     def add(self, key: bytes, answer: Any) -> None:
         """Keeps an answer if it still fits; nothing is pushed out, as every batch comes once an epoch."""
+        self.latest = key, answer
         size = sum(leaf.nbytes for leaf in tree_leaves(answer) if isinstance(leaf, Tensor))
         if self.held + size <= self.limit:
             self.answers[key] = answer
             self.held += size
+
+    def get(self, key: bytes) -> Any:
+        """The answer to a batch, or None."""
+        return self.latest[1] if self.latest[0] == key else self.answers.get(key)
 
 
 @dataclass(frozen=True)
@@ -91,14 +100,15 @@ class ModelLoss:
     @contextlib.contextmanager
     def _from_prefix(self, params: Params, inputs: Batch) -> Iterator[None]:
         """Runs the blocks before the first moved value once a batch, where that may be kept."""
-        first = 0 if self.module.training or not self.prefix.limit else self._first(params)
+        first = 0 if self.module.training else self._first(params)
         if not first:
             yield
             return
         before = [block for _, block in self._blocks[:first]]
         key = repr([(n, v.shape) for n, v in inputs.items()]).encode() + b"".join(_bytes(v) for v in inputs.values())
-        if key in self.prefix.answers:
-            with answering(before, self.prefix.answers[key]):
+        kept = self.prefix.get(key)
+        if kept is not None:
+            with answering(before, kept):
                 yield
             return
         with heard(before[-1]) as answer:

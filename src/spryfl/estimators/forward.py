@@ -21,22 +21,25 @@ from spryfl.jvp import jvp
 from spryfl.types import Batch, Cut, Directional, Estimate, Estimator, Features, LossFn, Params, Passes
 
 
-def forward(directions: int = 1, distribution: str = "gaussian", exact_head: bool = False) -> Estimator:
+def forward(directions: int = 1, distribution: str = "gaussian", chunk: int = 0, exact_head: bool = False) -> Estimator:
     """Forward mode: g_hat = (1/K) sum_k c_k v_k with c_k the exact directional derivative along v_k.
 
     Args:
         directions: K, the number of directions a batch.
         distribution: gaussian, rademacher or sphere.
+        chunk: directions at once, 0 for all: memory for `chunk` tangents, and another value pass a chunk.
         exact_head: take the head's gradient by reverse mode from the features, the rest by forward mode.
 
     Raises:
-        ValueError: K < 1, or an unknown distribution.
+        ValueError: K < 1, chunk < 0 or without effect, or an unknown distribution.
 
     >>> from spryfl.estimators import forward
     >>> estimator = forward(directions=4, distribution="rademacher")
     """
     if directions < 1:
         raise ValueError(f"directions = {directions}: forward mode needs at least 1 direction a batch.")
+    if chunk < 0 or chunk >= directions > 0:
+        raise ValueError(f"chunk = {chunk} with directions = {directions}: give less than that, or 0 for all at once.")
     if distribution not in noise.DISTRIBUTIONS:
         raise ValueError(f"distribution = {distribution!r}; possible: {', '.join(noise.DISTRIBUTIONS)}.")
 
@@ -46,20 +49,22 @@ def forward(directions: int = 1, distribution: str = "gaussian", exact_head: boo
         seeds = [noise.child_seed(seed, "direction", k) for k in range(directions)] if inside else []
         along = noise.stack(seeds, inside, distribution) if inside else {}
         if cut is None:
-            loss, slopes = jvp(lambda p: loss_fn(p, batch, seed), params, along)
+            loss, slopes = jvp(lambda p: loss_fn(p, batch, seed), params, along, chunk=chunk or None)
             dense: Params = {}
         else:
-            loss, slopes, dense = _through_cut(cut, params, along, loss_fn.head)
+            loss, slopes, dense = _through_cut(cut, params, along, loss_fn.head, chunk)
         terms = _terms(seeds, slopes, tuple(inside), distribution)
-        passes = Passes(value=1, tangent=len(seeds))
+        passes = Passes(value=-(-len(seeds) // chunk) if chunk and seeds else 1, tangent=len(seeds))
         return Estimate(float(loss), dense, terms, passes)
 
     return estimate
 
 
-def _through_cut(cut: Cut, params: Params, along: Params, head: frozenset[str]) -> tuple[Tensor, Tensor, Params]:
+def _through_cut(
+    cut: Cut, params: Params, along: Params, head: frozenset[str], chunk: int
+) -> tuple[Tensor, Tensor, Params]:
     """The loss, c_k = <delta, d features_k> for each direction, and the head's exact gradient."""
-    features, tangents = _features(cut, params, along)
+    features, tangents = _features(cut, params, along, chunk)
     leaves = tuple(value.detach().requires_grad_() for value in features)
     own = {name: params[name].detach().requires_grad_() for name in params if name in head}
     loss = cut.head({**params, **own}, leaves)
@@ -71,9 +76,9 @@ def _through_cut(cut: Cut, params: Params, along: Params, head: frozenset[str]) 
     return loss.detach(), slopes, dense
 
 
-def _features(cut: Cut, params: Params, along: Params) -> tuple[Features, Features]:
+def _features(cut: Cut, params: Params, along: Params, chunk: int) -> tuple[Features, Features]:
     if along:
-        return jvp(cut.trunk, params, along)
+        return jvp(cut.trunk, params, along, chunk=chunk or None)
     with torch.no_grad():
         features = cut.trunk(params)
     return features, tuple(torch.zeros((0, *value.shape), device=value.device) for value in features)
