@@ -84,6 +84,19 @@ def tangents(x: Any, k: int) -> Any:
     return None
 
 
+def parted(x: Any) -> tuple[Any, Any]:
+    """A value, and its tangents by direction; None for those where there is no Dual in it."""
+    if isinstance(x, Dual):
+        return x.value, x.tangents
+    if type(x) is not list and type(x) is not tuple:
+        return x, None
+    parts = [parted(e) for e in x]
+    k = next((len(t) for _, t in parts if t is not None), 0)
+    if not k:
+        return x, None
+    return type(x)(v for v, _ in parts), [type(x)(t and t[i] for _, t in parts) for i in range(k)]
+
+
 def count(x: Any) -> int:
     """K of the first Dual in x, or 0."""
     if isinstance(x, Dual):
@@ -113,10 +126,12 @@ def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 
 def derive(func: Callable[..., Any], name: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The function's value and tangents: by its rule, or by torch's forward mode."""
+    parts, more = [parted(a) for a in args], {n: parted(v) for n, v in kwargs.items()}
+    point, named = [v for v, _ in parts], {n: v for n, (v, _) in more.items()}
+    k = next(len(t) for _, t in (*parts, *more.values()) if t is not None)
     directions = [
-        (tangents(args, k), {n: tangents(v, k) for n, v in kwargs.items()}) for k in range(count((args, kwargs)))
+        (tuple([t and t[i] for _, t in parts]), {n: t and t[i] for n, (_, t) in more.items()}) for i in range(k)
     ]
-    point, named = values(args), {n: values(v) for n, v in kwargs.items()}
     op = Op(func, directions)
     try:
         body = RULES.get(name or str(func))  # an operator of a library goes by its qualified name
