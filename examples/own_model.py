@@ -45,7 +45,7 @@ def main(name: str = "minilm", file: str = "", folder: str = "") -> None:
         tokenizer=tokenizer,
         method=spryfl.methods.spry(directions=4, head="exact", head_lr=30.0, server_optimizer={"kind": "sgd"}),
         partition={"clients": 4, "split": {"kind": "iid"}},
-        train={"rounds": 15, "cohort": 4, "eval_every": 5},
+        train={"rounds": 15, "cohort": 4, "epochs": 1, "eval_every": 5},
         folder=folder or None,
         on_record=lambda r: print(f"round {r['round']:2d}  loss {r.get('loss', '')}  accuracy {r.get('accuracy', '')}"),
     )

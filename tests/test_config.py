@@ -55,7 +55,8 @@ class TestDefaults:
         assert parse({"partition": {"clients": 5}}).train.cohort == 5
         assert parse({"partition": {"clients": 500}}).train.cohort == 8
 
-    def test_steps_take_the_place_of_epochs(self):
+    def test_epochs_take_the_place_of_steps(self):
+        assert parse({"train": {"epochs": 3}}).train.steps == 0
         assert parse({"train": {"steps": 3}}).train.epochs == 0
 
     def test_it_is_frozen(self):
@@ -274,7 +275,7 @@ MISTAKES = [
     ({"partition": {"clients": 0}}, ["partition.clients = 0", "greater than or equal to 1"]),
     ({"partition": {"clients": 4}, "train": {"cohort": 5}}, ["train.cohort = 5", "partition.clients = 4", "Lower"]),
     ({"train": {"steps": 2, "epochs": 1}}, ["train.epochs = 1 has no effect", "train.steps = 2", "Remove one"]),
-    ({"train": {"epochs": 0}}, ["train.epochs = 0 and train.steps = 0", "Set one of them"]),
+    ({"train": {"epochs": 0, "steps": 0}}, ["train.epochs = 0 and train.steps = 0", "Set one of them"]),
     ({"train": {"rounds": 0}}, ["train.rounds = 0", "greater than or equal to 1"]),
     ({"train": {"rounds": "many"}}, ["train.rounds = 'many'", "valid integer"]),
     ({"train": {"drop_clients": 1.0}}, ["train.drop_clients = 1.0", "less than 1"]),

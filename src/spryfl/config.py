@@ -79,8 +79,8 @@ class TrainSection(BaseModel):
     rounds: int = Field(24, ge=1)
     cohort: int = Field(8, ge=1)  # clients a round
     batch_size: int = Field(8, ge=1)
-    epochs: int = Field(1, ge=0)  # local passes over a client's rows; 0 with steps
-    steps: int = Field(0, ge=0)  # local batches instead of epochs
+    epochs: int = Field(0, ge=0)  # local passes over a client's rows, instead of steps
+    steps: int = Field(10, ge=0)  # local batches a round
     eval_every: int = Field(6, ge=1)  # rounds
     patience: int = Field(0, ge=0)  # stop after so many evaluations without a better one; 0 = never
     drop_clients: float = Field(0.0, ge=0, lt=1)  # simulated share of clients that do not answer
@@ -292,9 +292,9 @@ def _consistent(experiment: Experiment) -> None:
         raise ValueError(
             f"train.cohort = {train.cohort} clients a round, but partition.clients = {clients}. Lower the cohort."
         )
-    if train.steps and "epochs" in train.model_fields_set and train.epochs != 0:
+    if train.steps and train.epochs and "steps" in train.model_fields_set:
         raise ValueError(f"train.epochs = {train.epochs} has no effect with train.steps = {train.steps}. Remove one.")
-    if train.keep_prefix and (train.epochs < 2 and not train.steps):
+    if train.keep_prefix and train.epochs == 1:
         raise ValueError("train.keep_prefix has no effect with one local epoch: no batch comes twice. Remove it.")
     if train.keep_prefix and train.dropout:
         raise ValueError("train.keep_prefix has no effect with train.dropout: the masks change. Remove one of them.")
@@ -307,11 +307,11 @@ def _consistent(experiment: Experiment) -> None:
 
 
 def _settled(experiment: Experiment) -> TrainSection:
-    """The rounds, with what follows from other settings: steps take the place of epochs, few clients make a cohort."""
+    """The rounds, with what follows from other settings: epochs take the place of steps, few clients make a cohort."""
     train, given = experiment.train, experiment.train.model_fields_set
     cohort = train.cohort if "cohort" in given else min(train.cohort, experiment.partition.clients)
-    epochs = 0 if train.steps and "epochs" not in given else train.epochs
-    return train.model_copy(update={"cohort": cohort, "epochs": epochs})
+    steps = 0 if train.epochs else train.steps
+    return train.model_copy(update={"cohort": cohort, "steps": steps})
 
 
 def _read(path: str | Path) -> dict[str, Any]:
