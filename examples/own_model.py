@@ -38,7 +38,6 @@ def main(name: str = "minilm", file: str = "", folder: str = "") -> None:
     where, _ = resolve(name)
     tokenizer = AutoTokenizer.from_pretrained(where)
     model = AutoModelForSequenceClassification.from_pretrained(where, num_labels=len(rows.unique("label")))
-
     history = spryfl.finetune(
         model,
         rows,
