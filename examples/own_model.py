@@ -49,12 +49,10 @@ def main(name: str = "minilm", file: str = "", folder: str = "") -> None:
         on_record=lambda r: print(f"round {r['round']:2d}  loss {r.get('loss', '')}  accuracy {r.get('accuracy', '')}"),
     )
 
-    finetuned = history.model.module  # a PEFT model: call it, save it, merge it
     batch = tokenizer(rows["text"][:2], padding=True, return_tensors="pt")
-    with torch.no_grad():
-        answers = finetuned(**batch).logits.softmax(-1)
-    for text, shares in zip(rows["text"][:2], answers, strict=True):
-        print(f"{history.model.labels[int(shares.argmax())]} ({float(shares.max()):.2f}): {text}")
+    with torch.no_grad():  # history.model.module is a PEFT model: call it, save it, merge it
+        answers = history.model.module(**batch).logits.argmax(-1)
+    print([(text, history.model.labels[int(answer)]) for text, answer in zip(rows["text"][:2], answers, strict=True)])
 
 
 if __name__ == "__main__":
