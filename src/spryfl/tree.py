@@ -43,11 +43,6 @@ def zeros(tree: Params) -> dict[str, Tensor]:
     return {name: torch.zeros_like(value) for name, value in tree.items()}
 
 
-def dot(a: Params, b: Params) -> Tensor:
-    """sum_n <a_n, b_n> over the names of a."""
-    return torch.stack([(value * b[name]).sum() for name, value in a.items()]).sum()
-
-
 def norm(tree: Params) -> float:
     """The Euclidean norm over all names, accumulated in float64."""
     return math.sqrt(sum(float(value.double().square().sum()) for value in tree.values()))
