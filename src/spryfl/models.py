@@ -126,9 +126,10 @@ def logits(model: Model, params: Params, batch: Batch) -> Tensor:
 
 def score(model: Model, params: Params, batches: Iterable[Batch]) -> tuple[int, int, float]:
     """(right answers, rows, sum of the losses) over labelled batches."""
-    right, rows, total = 0, 0, 0.0
+    fn, right, rows, total = loss_fn(model, {}), 0, 0, 0.0
     for batch in batches:
-        answer = logits(model, params, batch)
+        with torch.inference_mode():
+            answer = fn.logits(params, batch)
         count = len(batch["labels"])
         right, rows = right + tasks.correct(answer, batch), rows + count
         total += float(tasks.loss(answer, batch)) * count
