@@ -31,14 +31,32 @@ class Directional(NamedTuple):
 
 
 class Passes(NamedTuple):
-    """Work done, in passes through the network of one batch. A tangent pass costs about what a value pass costs."""
+    """Work done, in passes through the network of one batch. A tangent pass costs about what a value pass costs.
 
-    value: int = 0
-    tangent: int = 0
-    backward: int = 0
+    A pass through part of the blocks counts as that part of one.
+    """
+
+    value: float = 0
+    tangent: float = 0
+    backward: float = 0
 
     def __add__(self, other: tuple) -> Passes:
-        return Passes(*(a + b for a, b in zip(self, other, strict=True)))
+        sums = (a + b for a, b in zip(self, other, strict=True))
+        return Passes(*(int(s) if s == int(s) else s for s in sums))  # 2, not 2.0: whole counts read as such
+
+
+class Scalars(NamedTuple):
+    """What the directional derivatives of some estimates looked like; spikes are how forward-mode runs diverge."""
+
+    count: int = 0  # type: ignore[assignment]  # drawn; hides tuple.count
+    refused: int = 0  # not finite, left out
+    clipped: int = 0
+    squares: float = 0.0  # sum of c^2 over those that were kept
+    largest: float = 0.0  # max |c| of those
+
+    def __add__(self, other: tuple) -> Scalars:
+        count, refused, clipped, squares = (a + b for a, b in zip(self[:4], other[:4], strict=True))
+        return Scalars(count, refused, clipped, squares, max(self.largest, other[4]))
 
 
 class Estimate(NamedTuple):
@@ -48,13 +66,16 @@ class Estimate(NamedTuple):
     dense: Params
     terms: tuple[Directional, ...] = ()
     passes: Passes = Passes()
+    scalars: Scalars = Scalars()
 
 
 class Cut(NamedTuple):
-    """A loss cut between the frozen trunk and the head: `head(params, trunk(params))` is the loss."""
+    """A loss cut in two: `head(params, trunk(params))` is the loss; what crosses is all that the head part needs."""
 
     trunk: Callable[[Params], Features]
     head: Callable[[Params, Features], Tensor]
+    above: frozenset[str]  # names of the values that the head part reads; the trunk reads none of them
+    share: float = 0.0  # of the network's blocks, those in the head part
 
 
 class LossFn(Protocol):
@@ -68,12 +89,17 @@ class LossFn(Protocol):
         """Names of the head's values."""
         ...
 
+    @property
+    def guide(self) -> Params:
+        """The last aggregated pseudo-gradient, where the method sends it; else empty."""
+        ...
+
     def __call__(self, params: Params, batch: Batch, seed: int | None = None) -> Tensor:
         """The loss of one batch, a float32 scalar."""
         ...
 
-    def cut(self, batch: Batch, seed: int | None = None) -> Cut:
-        """The same loss in two parts, cut before the head."""
+    def cut(self, batch: Batch, seed: int | None = None, top: int = 0) -> Cut:
+        """The same loss in two parts, cut below the last `top` blocks; 0 cuts before the head."""
         ...
 
     def checkpointed(self, params: Params, batch: Batch, seed: int | None = None) -> Tensor:
