@@ -31,9 +31,9 @@ class Progress(NamedTuple):
     waited: int = 0  # evaluations since
     bytes_down: int = 0
     bytes_up: int = 0
-    value_passes: int = 0
-    tangent_passes: int = 0
-    backward_passes: int = 0
+    value_passes: float = 0
+    tangent_passes: float = 0
+    backward_passes: float = 0
     seconds: float = 0.0
 
 

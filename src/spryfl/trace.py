@@ -60,15 +60,16 @@ def term_seeds(seed: int, count: int) -> list[int]:
     return [noise.child_seed(seed, "direction", k) for k in range(count)]
 
 
-def compress(steps: Sequence[Step], names: Sequence[str], source: Source) -> Trace:
+def compress(steps: Sequence[Step], seeded: Sequence[str], names: Sequence[str], source: Source) -> Trace:
     """The trace of some local steps.
 
     Args:
         steps: each step's terms.
+        seeded: those of `names` that have no dense part.
         names: the instruction's.
         source: what the seeds follow from; seeds that do not are sent, eight bytes each.
     """
-    shapes = [_layout(step, names) for step in steps]
+    shapes = [_layout(step, seeded, names) for step in steps]
     distinct = tuple(dict.fromkeys(shapes))
     follow = all([t.seed for t in s] == term_seeds(step_seed(source, i), len(s)) for i, s in enumerate(steps))
     terms = [term for step in steps for term in step]
@@ -80,10 +81,8 @@ def compress(steps: Sequence[Step], names: Sequence[str], source: Source) -> Tra
     )
 
 
-def _layout(step: Step, names: Sequence[str]) -> Layout:
-    place = {name: i for i, name in enumerate(names)}
-    moved = {name for term in step for name in term.block}
-    whole = tuple(name for name in names if name in moved)
+def _layout(step: Step, seeded: Sequence[str], names: Sequence[str]) -> Layout:
+    place, whole = {name: i for i, name in enumerate(names)}, tuple(seeded)
     runs = []
     for (block, distribution), group in itertools.groupby(step, key=lambda t: (t.block, t.distribution)):
         places = () if block == whole else tuple(place[name] for name in block)
@@ -123,11 +122,6 @@ def _terms(
 def terms_in(layout: Layout) -> int:
     """How many terms a step of this layout has."""
     return sum(count for _, _, count in layout)
-
-
-def blocks(layout: Layout, seeded: Sequence[str], names: Sequence[str]) -> set[str]:
-    """The names that a step of this layout moves."""
-    return {name for places, _, _ in layout for name in ([names[i] for i in places] or seeded)}
 
 
 def replay(

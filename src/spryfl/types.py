@@ -31,20 +31,24 @@ class Directional(NamedTuple):
 
 
 class Passes(NamedTuple):
-    """Work done, in passes through the network of one batch. A tangent pass costs about what a value pass costs."""
+    """Work done, in passes through the network of one batch. A tangent pass costs about what a value pass costs.
 
-    value: int = 0
-    tangent: int = 0
-    backward: int = 0
+    A pass through part of the blocks counts as that part of one.
+    """
+
+    value: float = 0
+    tangent: float = 0
+    backward: float = 0
 
     def __add__(self, other: tuple) -> Passes:
-        return Passes(*(a + b for a, b in zip(self, other, strict=True)))
+        sums = (a + b for a, b in zip(self, other, strict=True))
+        return Passes(*(int(s) if s == int(s) else s for s in sums))  # 2, not 2.0: whole counts read as such
 
 
 class Scalars(NamedTuple):
     """What the directional derivatives of some estimates looked like; spikes are how forward-mode runs diverge."""
 
-    count: int = 0  # drawn
+    count: int = 0  # type: ignore[assignment]  # drawn; hides tuple.count
     refused: int = 0  # not finite, left out
     clipped: int = 0
     squares: float = 0.0  # sum of c^2 over those that were kept
@@ -71,6 +75,7 @@ class Cut(NamedTuple):
     trunk: Callable[[Params], Features]
     head: Callable[[Params, Features], Tensor]
     above: frozenset[str]  # names of the values that the head part reads; the trunk reads none of them
+    share: float = 0.0  # of the network's blocks, those in the head part
 
 
 class LossFn(Protocol):
