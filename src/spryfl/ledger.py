@@ -12,14 +12,14 @@ Merged and summed values agree with the mean of the models to rounding. Cost: th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from spryfl import trace, tree, wire
 from spryfl.methods import Built
-from spryfl.types import Instruction, Ledger, Params, Pool, Round, Share, Update
+from spryfl.types import Instruction, Layout, Ledger, Params, Pool, Round, ServerState, Share, Trace, Update
 
 Head = frozenset[str]
 
@@ -66,12 +66,11 @@ def _alike(own: Sequence[Share]) -> bool:
 def _merged(own: Sequence[Share], method: Built) -> Share:
     """One share with the mean, or the robust mean, of the scalars and of the dense parts."""
     weights = [share.weight for share in own]
-    tables: list[Params] = [{"scalars": share.trace.scalars} for share in own if share.trace is not None]
+    tables: list[Params] = [{"scalars": _trace(share).scalars} for share in own]
     scalars = method.aggregate(tables, weights)["scalars"]
     dense = method.aggregate([share.params for share in own], weights) if own[0].params else {}
-    assert own[0].trace is not None
     return own[0]._replace(
-        weight=sum(weights), params=dense, trace=own[0].trace._replace(scalars=scalars), merged=True
+        weight=sum(weights), params=dense, trace=_trace(own[0])._replace(scalars=scalars), merged=True
     )
 
 
@@ -107,42 +106,72 @@ def rates(names: Sequence[str], lr_scale: float, method: Built, head: Head) -> d
     return {name: lr_scale * (method.head_lr if name in head else 1.0) for name in names}
 
 
-def recorded(ledger: Ledger, moved: Round, told: Sequence[int], params: Params) -> Ledger:
-    """The ledger after a round: what moved, and who now holds the values that the round began with.
+def recorded(ledger: Ledger, moved: Round, params: Params) -> Ledger:
+    """The ledger with one more round.
 
     Rounds are kept as long as they are fewer bytes together than the values: older ones would never be sent.
     """
-    rounds, limit = (*ledger.rounds, moved), len(wire.dump(params))
+    rounds, limit = (*ledger.rounds, moved), 4 * tree.size(params)
     sizes = [len(wire.dump(one)) for one in rounds]
     while sizes and sum(sizes) > limit:
         rounds, sizes = rounds[1:], sizes[1:]
-    return ledger._replace(rounds=rounds, seen={**ledger.seen, **dict.fromkeys(told, moved.number - 1)})
+    return ledger._replace(rounds=rounds)
 
 
-def sum_up(ledger: Ledger, moved: Sequence[Share], method: Built) -> Ledger:
+def pooled(
+    state: ServerState, moved: Sequence[Share], method: Built, head: Head
+) -> tuple[Params, Mapping[str, Params], Ledger]:
+    """(values, the server's optimizer state, ledger) after one round on a pool of seeds: dense parts, then the sums."""
+    if not moved:
+        return state.params, state.optimizer, state.ledger
+    dense = [share._replace(trace=None) for share in moved]
+    params, optimizer, _ = advance(state.params, state.optimizer, dense, method, head)
+    names = list(params)
+    book = sum_up(state.ledger, moved, names, method)
+    summed = {names[i] for places, _, _ in book.layout for i in places}
+    origin = {name: book.origin[name] if name in summed else value for name, value in params.items()}
+    return trace.rebuild(origin, _present(book.summed), book.layout, _pool(moved[0])), optimizer, book
+
+
+def _present(value: Tensor | None) -> Tensor:
+    assert value is not None
+    return value
+
+
+def sum_up(ledger: Ledger, moved: Sequence[Share], names: Sequence[str], method: Built) -> Ledger:
     """The pool's sums after a round: a_s += server rate x local rate x p_i c for each step that drew seed s.
 
     And, for the choice of later seeds, how often each was drawn and the sum of its |c|.
     """
     if not moved:
         return ledger
-    pool, layout, width = _pool_of(moved[0])
-    summed = ledger.summed.clone() if ledger.summed is not None else torch.zeros(pool.size, width)
-    sizes = ledger.sizes.clone() if ledger.sizes is not None else torch.zeros(2, pool.size)
+    layout = _spelled_out(moved[0], names)
+    width, size = trace.terms_in(layout), _pool(moved[0]).size
+    summed = torch.zeros(size, width) if ledger.summed is None else ledger.summed.clone()
+    sizes = torch.zeros(2, size) if ledger.sizes is None else ledger.sizes.clone()
     whole, rate = sum(share.weight for share in moved), _rate(method)
     for share in moved:
-        assert share.trace is not None
-        for step, scalars in enumerate(share.trace.scalars.reshape(-1, width)):
+        for step, scalars in enumerate(_trace(share).scalars.reshape(-1, width)):
             index = trace.pool_index(share, step)
             summed[index] += rate * share.lr_scale * (share.weight / whole) * scalars
             sizes[:, index] += torch.stack((torch.ones(()), scalars.abs().mean()))
     return ledger._replace(summed=summed, sizes=sizes, layout=layout)
 
 
-def _pool_of(share: Share) -> tuple[Pool, Any, int]:
-    assert share.trace is not None and share.pool is not None
-    layout = share.trace.layouts[0]
-    return share.pool, layout, trace.terms_in(layout)
+def _spelled_out(share: Share, names: Sequence[str]) -> Layout:
+    """The layout of a share's steps, the places of its blocks written out."""
+    rest = tuple(i for i, name in enumerate(names) if name not in share.params)
+    return tuple((places or rest, distribution, count) for places, distribution, count in _trace(share).layouts[0])
+
+
+def _pool(share: Share) -> Pool:
+    assert share.pool is not None
+    return share.pool
+
+
+def _trace(share: Share) -> Trace:
+    assert share.trace is not None
+    return share.trace
 
 
 def _rate(method: Built) -> float:
@@ -162,6 +191,13 @@ def chances(ledger: Ledger) -> Tensor:
     return torch.softmax((size - size.min()) / spread, 0)
 
 
+def held_by_all(state: ServerState, method: Built) -> Held | None:
+    """What those clients hold that were brought up to date last: equal bits, so that one copy serves all of them."""
+    if not (method.follows and state.ledger.seen):
+        return None
+    return Held(0, state.ledger.origin) if method.seeds.pool else Held(state.round, state.params)
+
+
 def restored(told: Instruction, held: Held | None, method: Built, head: Head) -> tuple[Params, Held]:
     """(current values, what the client keeps) from an instruction and from what it kept before.
 
@@ -171,12 +207,9 @@ def restored(told: Instruction, held: Held | None, method: Built, head: Head) ->
     catch = told.catch_up
     if catch is None:
         return told.params, Held(told.round - 1, told.params)
-    if catch.summed is not None:
-        assert told.pool is not None
+    if catch.summed is not None and told.pool is not None:
         origin = {**(held.params if held else {}), **told.params}
-        seeded = {name: origin[name] for name in _moved_by(catch.layout, told.names)}
-        made = trace.rebuild(seeded, catch.summed, ((tuple(range(len(seeded))), *catch.layout[0][1:]),), told.pool)
-        return {**origin, **made}, Held(0, origin)
+        return trace.rebuild(origin, catch.summed, catch.layout, told.pool), Held(0, origin)
     if held is None or held.round < catch.since:
         holds = "no values" if held is None else f"the values of round {held.round}"
         raise ValueError(

@@ -124,6 +124,22 @@ def terms_in(layout: Layout) -> int:
     return sum(count for _, _, count in layout)
 
 
+def objection(trace: Trace, names: Sequence[str], dense: Params) -> str:
+    """What is wrong with a trace that a client claims, or an empty text."""
+    counts = [terms_in(layout) for layout in trace.layouts]
+    places = [i for layout in trace.layouts for run in layout for i in run[0]]
+    if not trace.steps or any(not 0 <= which < len(counts) for which in trace.steps):
+        return "returns a trace without steps, or of steps without a layout"
+    if any(not 0 <= i < len(names) or names[i] in dense for i in places):
+        return "returns scalars for values that were not its own"
+    if any(kind not in noise.DISTRIBUTIONS or count < 1 for layout in trace.layouts for _, kind, count in layout):
+        return "returns scalars of an unknown distribution"
+    total = sum(counts[which] for which in trace.steps)
+    if trace.scalars.shape != (total,) or trace.seeds.shape not in ((total,), (0,)):
+        return f"returns {trace.scalars.numel()} scalars for {total} terms"
+    return "" if bool(torch.isfinite(trace.scalars).all()) else "returns scalars that are not finite"
+
+
 def replay(
     steps: Iterator[Step], start: Params, optimizer: Optimizer, scale: float | Mapping[str, float]
 ) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ bits. Needs torch alone. Cost: the clients' steps, and one pass over the test ro
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ from spryfl import noise, server
 from spryfl.costs import Traffic, traffic
 from spryfl.journal import Journal, Progress
 from spryfl.methods import Built
-from spryfl.types import Instruction, Params, Passes, ServerState, Unit, Update
+from spryfl.types import Instruction, Params, Passes, Scalars, ServerState, Unit, Update
 
 
 class Answers(NamedTuple):
@@ -117,17 +118,20 @@ def one_round(
     scale = plan.method.schedule(state.round / plan.rounds)
     told = server.begin(state, plan.units, cohort(plan, round_), plan.method, plan.seed, scale, due)
     answers = exchange(told)
-    state, refused = server.finish(state, told, answers.updates, plan.method)
-    kept = [update for update in answers.updates if update.client not in refused]
-    scores = dict(zip(("accuracy", "test_loss"), evaluate(state.params), strict=True)) if due else {}
+    state, refused = server.finish(state, told, answers.updates, plan.method, head(plan))
+    kept = [update for update in answers.updates if update.client not in refused.failed]
+    scores = dict(zip(("accuracy", "test_loss"), evaluate(server.served(state)), strict=True)) if due else {}
     progress = _on(progress, answers, scores, round_, time.perf_counter() - since)
     record = {
         "round": round_,
         "cohort": [one.client for one in told],
-        "failed": {str(client): why for client, why in {**answers.failed, **refused}.items()},
+        "failed": {str(client): why for client, why in {**answers.failed, **refused.failed}.items()},
+        **({"gated": {str(client): variance for client, variance in refused.gated.items()}} if refused.gated else {}),
+        **({"note": refused.note} if refused.note else {}),
         "loss": _mean([(u.loss, u.examples) for u in kept]),
         **scores,
         **_personal(kept),
+        **_scalars(kept),
         "peak_bytes": max((u.peak_bytes for u in kept), default=0),
         **_totals(progress),
     }
@@ -167,6 +171,27 @@ def _personal(updates: Sequence[Update]) -> Record:
         "personal_before": sum(u.correct_before for u in updates) / rows,
         "personal_after": sum(u.correct_after for u in updates) / rows,
     }
+
+
+def _scalars(updates: Sequence[Update]) -> Record:
+    """What the round's directional derivatives looked like: spikes are how such runs diverge."""
+    whole = sum((update.scalars for update in updates), start=Scalars())
+    drawn = whole[0]
+    if not drawn:
+        return {}
+    kept = drawn - whole.refused
+    return {
+        "scalars": drawn,
+        "scalars_refused": whole.refused,
+        "scalars_clipped": whole.clipped,
+        "scalar_rms": math.sqrt(whole.squares / kept) if kept else None,
+        "scalar_max": whole.largest,
+    }
+
+
+def head(plan: Plan) -> frozenset[str]:
+    """Names of the head's values."""
+    return frozenset(name for unit in plan.units if unit.head for name in unit.params)
 
 
 def _mean(weighted: Sequence[tuple[float, int]]) -> float | None:

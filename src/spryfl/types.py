@@ -144,6 +144,7 @@ class Share(NamedTuple):
     params: Params  # its dense part
     trace: Trace | None
     pool: Pool | None = None
+    merged: bool = False  # the mean over several clients is taken
 
 
 class Round(NamedTuple):
@@ -159,7 +160,7 @@ class CatchUp(NamedTuple):
     since: int  # the round whose values it holds
     missed: tuple[Round, ...] = ()  # to be replayed, oldest first
     summed: Tensor | None = None  # (pool, terms of a step): what the values of round 0 are moved by
-    layout: Layout = ()  # of those terms
+    layout: Layout = ()  # of those terms, places in the names of all values
 
 
 class Instruction(NamedTuple):
