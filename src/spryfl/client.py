@@ -8,6 +8,7 @@ Needs torch alone. Cost: the estimator's, times the number of local batches.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -102,7 +103,10 @@ def _walk(told: Instruction, current: Params, method: Built, local: Local) -> Wa
     scale = ledger.rates(told.names, told.lr_scale, method, loss_fn.head)
     state = method.local.init(walk.params) if method.local else {}
     for step, batch in enumerate(local.batches(noise.child_seed(told.seed, "order"))):
-        estimate = _measured(walk, local.device, lambda b=batch, s=step: _estimate(told, loss_fn, walk, method, b, s))
+        seed = trace.step_seed(told, step)
+        with contextlib.nullcontext() if step else peak_memory(local.device) as measured:
+            estimate = method.estimator(loss_fn, walk.params, batch, seed)
+        walk.peak = measured() if measured else walk.peak
         grads = gradient(estimate, walk.params, told, step)
         walk.add(estimate)
         if method.gate or method.local is None:
@@ -110,20 +114,6 @@ def _walk(told: Instruction, current: Params, method: Built, local: Local) -> Wa
         if method.local:
             walk.params, state = method.local.step(walk.params, grads, state, scale)
     return walk
-
-
-def _estimate(told: Instruction, loss_fn: LossFn, walk: Walk, method: Built, batch: Batch, step: int) -> Estimate:
-    return method.estimator(loss_fn, walk.params, batch, trace.step_seed(told, step))
-
-
-def _measured(walk: Walk, device: torch.device, estimate: Callable[[], Estimate]) -> Estimate:
-    """The estimate; of the first step its peak memory too."""
-    if walk.steps:
-        return estimate()
-    with peak_memory(device) as measured:
-        made = estimate()
-    walk.peak = measured()
-    return made
 
 
 def _answer(told: Instruction, walk: Walk, method: Built) -> tuple[Params, Trace | None]:

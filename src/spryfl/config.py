@@ -25,6 +25,7 @@ from spryfl.partition import PARTITIONS
 SCHEMA = 1
 _NAMING = ("kind", "name")  # a section that gives another one starts anew
 _PROSE = ("summary", "paper")  # of a method: said of it, not chosen
+_OWN_METHOD = ("estimator", "assignment", "local_optimizer", "server_optimizer")  # what one of one's own must choose
 _STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 _DEFAULT_METHOD = "spry"
 QUICKSTART = Path(__file__).with_name("quickstart.toml")  # what `spryfl run` does without arguments
@@ -254,10 +255,10 @@ def _typed(fields: dict[str, Any], given: Mapping[str, Any], where: str) -> dict
 def _method(given: Mapping[str, Any]) -> Method:
     """A row of the table with changes; a choice keeps the row's options unless it is given another kind.
 
-    Another name than a row's is a method of one's own if it makes every choice itself.
+    Another name than a row's is a method of one's own if it makes the main choices itself.
     """
     name = given["name"]
-    if not isinstance(name, str) or (name not in METHODS and not set(REGISTRIES) <= set(given)):
+    if not isinstance(name, str) or (name not in METHODS and not set(_OWN_METHOD) <= set(given)):
         near = _nearest(str(name), METHODS)
         raise ValueError(f'method "{name}" is unknown{near}. Possible: {", ".join(METHODS)}.')
     row = vars(METHODS.get(name) or Method(name))

@@ -181,7 +181,9 @@ def own_models(job: Job, params: Params) -> list[Params]:
 def exchange(job: Job, state: ServerState) -> train.Exchange:
     """The exchange in this process, from a state on."""
     drop = train.lost(job.experiment.seed, job.experiment.train.drop_clients)
-    return simulation(job.plan.method, local(job), drop, train.head(job.plan), ledger.held_by_all(state, job.plan.method))
+    return simulation(
+        job.plan.method, local(job), drop, train.head(job.plan), ledger.held_by_all(state, job.plan.method)
+    )
 
 
 def begin(job: Job, folder: Path | None) -> tuple[Journal | None, ServerState, Progress]:

@@ -85,7 +85,7 @@ def advance(
     grads = whole if method.local is None else {name: params[name] - value for name, value in whole.items()}
     scale = moved[0].lr_scale if method.local is None else 1.0
     new, state = method.server.step(params, grads, optimizer, scale)
-    return new, state, grads
+    return new, state, dict(grads)
 
 
 def _result(share: Share, params: Params, method: Built, head: Head) -> Params:
@@ -175,8 +175,10 @@ def _trace(share: Share) -> Trace:
 
 
 def _rate(method: Built) -> float:
-    assert method.local is not None and method.local.rate is not None and method.server.rate is not None
-    return method.local.rate * method.server.rate
+    rates = method.local and method.local.rate, method.server.rate
+    assert rates[0] is not None
+    assert rates[1] is not None
+    return rates[0] * rates[1]
 
 
 def chances(ledger: Ledger) -> Tensor:

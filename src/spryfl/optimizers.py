@@ -132,7 +132,7 @@ def yogi(lr: float = 1e-2, beta1: float = 0.9, beta2: float = 0.99, tau: float =
 
 def none() -> None:
     """No local step: the client answers with the mean of its gradients at the values that it was sent."""
-    return None
+    return
 
 
 def _check(**values: float) -> None:

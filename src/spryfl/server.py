@@ -54,7 +54,6 @@ def begin(
     round_ = state.round + 1
     dealt = deal(units, cohort, method, round_)
     sent = tuple(name for unit in needed(units, dealt.values()) for name in unit.params)
-    pool = Pool(noise.child_seed(seed, "pool"), method.seeds.pool, _chances(state, method)) if method.seeds.pool else None
     told = [
         Instruction(
             round=round_,
@@ -65,7 +64,7 @@ def begin(
             lr_scale=lr_scale,
             evaluate=evaluate,
             guide={name: value for name, value in state.guide.items() if name in sent},
-            pool=pool,
+            pool=_pool(state, method, seed),
             fingerprint=trace.fingerprint() if method.scalars else "",
         )
         for client, mine in dealt.items()
@@ -74,12 +73,15 @@ def begin(
     return [_cheapest(one, state, method) for one in told]
 
 
-def _chances(state: ServerState, method: Built) -> torch.Tensor:
-    return ledger.chances(state.ledger) if method.seeds.weighted else torch.empty(0)
+def _pool(state: ServerState, method: Built, seed: int) -> Pool | None:
+    if not method.seeds.pool:
+        return None
+    chances = ledger.chances(state.ledger) if method.seeds.weighted else torch.empty(0)
+    return Pool(noise.child_seed(seed, "pool"), method.seeds.pool, chances)
 
 
 def _cheapest(told: Instruction, state: ServerState, method: Built) -> Instruction:
-    """The instruction in the fewest bytes: with the values, or with what makes them from those that the client holds."""
+    """The instruction in the fewest bytes: with the values, or with what makes them from those the client holds."""
     if not method.follows:
         return told
     whole = told._replace(params=dict(state.params))
@@ -94,7 +96,7 @@ def _cheapest(told: Instruction, state: ServerState, method: Built) -> Instructi
 
 
 def _by_sums(whole: Instruction, state: ServerState) -> Instruction:
-    """The sums of the pool where they are fewer bytes than the values they move: at first with the values of round 0."""
+    """The sums of the pool where they are fewer bytes than what they move: at first with the values of round 0."""
     book, names = state.ledger, list(state.params)
     moved = {names[i] for places, _, _ in book.layout for i in places}
     if book.summed is None or book.summed.numel() >= tree.size(tree.select(state.params, moved)):

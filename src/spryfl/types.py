@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 Params = Mapping[str, Tensor]  # trainable values by name, float32; the backbone is frozen and apart
 Batch = Mapping[str, Tensor]  # inputs by the model's argument names, "labels" among them
+_NOTHING: Mapping[Any, Any] = MappingProxyType({})
 Features = tuple[Tensor, ...]  # what the frozen trunk hands to the head
 
 
@@ -110,7 +112,8 @@ class LossFn(Protocol):
 Estimator = Callable[[LossFn, Params, Batch, int], Estimate]
 
 
-Layout = tuple[tuple[tuple[int, ...], str, int], ...]  # runs of a step's terms: (places of the block, distribution, count)
+# Runs of a step's terms: (places of the block, distribution, how many).
+Layout = tuple[tuple[tuple[int, ...], str, int], ...]
 
 
 class Trace(NamedTuple):
@@ -173,7 +176,7 @@ class Instruction(NamedTuple):
     params: Params  # current values: those of `names` and the others that its forward pass needs
     lr_scale: float = 1.0  # the schedule's factor on the local learning rate
     evaluate: bool = False  # score the client's held-out part before and after
-    guide: Params = {}  # the last aggregated pseudo-gradient, where the method sends it
+    guide: Params = _NOTHING  # the last aggregated pseudo-gradient, where the method sends it
     pool: Pool | None = None
     catch_up: CatchUp | None = None  # values come by replay; `params` holds what does not
     fingerprint: str = ""  # of the noise, where directions are made again elsewhere
@@ -201,9 +204,9 @@ class Update(NamedTuple):
 class Ledger(NamedTuple):
     """What the server knows of its clients' values, where they come by replay."""
 
-    seen: Mapping[int, int] = {}  # client -> the round whose values it holds
+    seen: Mapping[int, int] = _NOTHING  # client -> the round whose values it holds
     rounds: tuple[Round, ...] = ()  # the latest, as long as they are fewer bytes than the values
-    origin: Params = {}  # values before round 1, with a pool of seeds
+    origin: Params = _NOTHING  # values before round 1, with a pool of seeds
     summed: Tensor | None = None  # (pool, terms of a step)
     layout: Layout = ()
     sizes: Tensor | None = None  # (2, pool): how often each seed was drawn, and the sum of |c|
@@ -215,6 +218,6 @@ class ServerState(NamedTuple):
     round: int  # rounds done
     params: Params
     optimizer: Mapping[str, Params]  # by slot (m, v, t), then by name
-    average: Params = {}  # over the rounds, where the method asks for it
-    guide: Params = {}  # the last pseudo-gradient, where the method sends it
+    average: Params = _NOTHING  # over the rounds, where the method asks for it
+    guide: Params = _NOTHING  # the last pseudo-gradient, where the method sends it
     ledger: Ledger = Ledger()

@@ -111,7 +111,7 @@ def _plain(value: Any, tensors: list[Tensor]) -> Any:
     if isinstance(value, Tensor):
         tensors.append(value)
         return {"#": len(tensors) - 1}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
+    if type(value).__name__ in _RECORDS:
         usual = value._field_defaults
         fields = {k: v for k, v in value._asdict().items() if not (k in usual and _same(v, usual[k]))}
         return {"~": type(value).__name__, **{k: _plain(v, tensors) for k, v in fields.items()}}
