@@ -132,6 +132,16 @@ def _joined(parts: Sequence[Sequence[int]]) -> tuple[int, ...]:
     return tuple(sorted(index for part in parts for index in part))
 
 
+def predicted(job: Job) -> costs.Costs:
+    """What the experiment's method costs at its shapes; rows are taken as long as the mean of the training rows."""
+    t = job.experiment.train
+    tokens = round(sum(len(ids) for ids in job.rows.ids) / len(job.rows.ids))
+    shapes = models.shapes_of(job.model.module, job.model.units, t.batch_size, tokens)
+    steps = job.steps or t.epochs * -(-sum(map(len, job.parts)) // (len(job.parts) * t.batch_size))
+    method = dataclasses.replace(job.experiment.method, sharing="federated")  # pooled steps are counted already
+    return train.predicted(method, shapes, job.plan.clients, job.plan.cohort, steps)
+
+
 def local(job: Job) -> Callable[[int], client.Local]:
     """Each client's own side: its rows and the model."""
     t, model = job.experiment.train, job.model
