@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from spryfl import aggregate, noise, tree
+from spryfl import aggregate, assign, noise, tree
 from spryfl.methods import Built
 from spryfl.types import Instruction, Params, ServerState, Unit, Update
 
@@ -34,7 +34,7 @@ def begin(
     """An instruction for each client of the cohort: its units, the head unless it is split, all current values."""
     round_ = state.round + 1
     dealt = deal(units, cohort, method, round_)
-    sent = tuple(name for unit in needed(units, dealt.values()) for name in unit.params)
+    sent = tuple(name for unit in needed(units, method) for name in unit.params)
     return [
         Instruction(
             round=round_,
@@ -95,10 +95,9 @@ def objection(update: Update, told: Instruction | None) -> str:
     return "" if tree.is_finite(update.params) else "returns values that are not finite"
 
 
-def needed(units: Sequence[Unit], dealt: Iterable[tuple[Unit, ...]]) -> list[Unit]:
+def needed(units: Sequence[Unit], method: Built) -> list[Unit]:
     """Units that must travel: all, unless only the head ever moves; the rest then is as the model starts."""
-    only_head = all(unit.head for mine in dealt for unit in mine)
-    return [unit for unit in units if unit.head or not only_head]
+    return [unit for unit in units if unit.head or method.assign is not assign.no_unit]
 
 
 def _own(client: int, name: str) -> str:

@@ -56,7 +56,7 @@ def cohort(plan: Plan, round_: int) -> list[int]:
 def predicted(plan: Plan) -> Traffic:
     """Values that travel in the first round, by count."""
     dealt = server.deal(plan.units, cohort(plan, 1), plan.method, 1)
-    return traffic(server.needed(plan.units, dealt.values()), list(dealt.values()))
+    return traffic(server.needed(plan.units, plan.method), [mine for mine in dealt.values() if mine])
 
 
 def lost(seed: int, share: float) -> Callable[[int, int], bool]:
