@@ -84,6 +84,9 @@ class TrainSection(BaseModel):
     steps: int = Field(10, ge=0)  # local batches a round
     eval_every: int = Field(6, ge=1)  # rounds
     patience: int = Field(0, ge=0)  # stop after so many evaluations without a better one; 0 = never
+    max_passes: int = Field(0, ge=0)  # end with the round that reaches it: value + tangent + backward; 0 = no limit
+    max_megabytes: float = Field(0.0, ge=0)  # the same, up and down, 1e6 bytes
+    max_seconds: float = Field(0.0, ge=0)  # the same, of rounds and evaluations
     drop_clients: float = Field(0.0, ge=0, lt=1)  # simulated share of clients that do not answer
     dropout: bool = False  # the model's own dropout layers while training
     keep_prefix: float = Field(0.0, ge=0)  # MB of hidden states kept over a client's local epochs; batches then stay

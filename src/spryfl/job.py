@@ -117,6 +117,7 @@ def prepare(experiment: Experiment, corpus: data.Corpus, model: Model) -> Job:
         cohort=min(t.cohort, clients),
         eval_every=t.eval_every,
         patience=t.patience,
+        limits=train.Limits(t.max_passes, t.max_megabytes, t.max_seconds),
     )
     return Job(experiment, corpus, model, rows, test, parts, held, plan, steps)
 
