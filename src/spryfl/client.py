@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,8 +26,8 @@ class Local(NamedTuple):
     bind: Callable[[Params], LossFn]  # values that stay as they are -> the loss as a function of the others
     batches: Callable[[int], Iterator[Batch]]  # a seed for the order -> the local batches of one round
     examples: int
-    held_out: Callable[[], Iterator[Batch]]
-    score: Callable[[Params, Iterator[Batch]], tuple[int, int]]  # (correct, scored)
+    held_out: Callable[[], Any]  # what `score` looks at
+    score: Callable[[Params, Any], tuple[float, int]]  # (the task's metric, times the rows scored; rows)
     device: torch.device
 
 

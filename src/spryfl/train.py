@@ -6,6 +6,7 @@ bits. Needs torch alone. Cost: the clients' steps, and one pass over the test ro
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -39,10 +40,11 @@ class Plan(NamedTuple):
     cohort: int
     eval_every: int
     patience: int  # evaluations without a better one; 0 = never stop early
+    metric: str = "accuracy"  # the name of the number by which models are compared; more is better
 
 
 Exchange = Callable[[Sequence[Instruction]], Answers]
-Evaluate = Callable[[Params], tuple[float, float]]  # values -> (accuracy, mean loss) on the untouched test rows
+Evaluate = Callable[[Params], dict[str, float]]  # values -> numbers by name on the untouched test rows
 Record = dict[str, Any]
 
 TIMED = ("seconds", "peak_bytes")  # the fields of a record that may differ between two equal runs
@@ -79,7 +81,7 @@ def train(
 ) -> Iterator[tuple[Record, ServerState]]:
     """Runs the rounds that are left and yields each one's record, after it and the state are safe on the disk."""
     if not _begun(progress):
-        record, progress = _first(state, progress, evaluate)
+        record, progress = _first(plan, state, progress, evaluate)
         _keep(journal, record, state, progress)
         yield record, state
     while unfinished(plan, state, progress):
@@ -96,15 +98,15 @@ def unfinished(plan: Plan, state: ServerState, progress: Progress) -> bool:
 
 def _begun(progress: Progress) -> bool:
     """Whether the model has been evaluated once."""
-    return progress.best >= 0
+    return progress.best > -math.inf
 
 
-def _first(state: ServerState, progress: Progress, evaluate: Evaluate) -> tuple[Record, Progress]:
+def _first(plan: Plan, state: ServerState, progress: Progress, evaluate: Evaluate) -> tuple[Record, Progress]:
     """The record of round 0: where the model starts."""
     since = time.perf_counter()
-    accuracy, test_loss = evaluate(state.params)
-    progress = progress._replace(best=accuracy, seconds=time.perf_counter() - since)
-    return {"round": 0, "accuracy": accuracy, "test_loss": test_loss, **_totals(progress)}, progress
+    scores = evaluate(state.params)
+    progress = progress._replace(best=scores[plan.metric], seconds=time.perf_counter() - since)
+    return {"round": 0, **scores, **_totals(progress)}, progress
 
 
 def one_round(
@@ -119,8 +121,8 @@ def one_round(
     answers = exchange(told)
     state, refused = server.finish(state, told, answers.updates, plan.method)
     kept = [update for update in answers.updates if update.client not in refused]
-    scores = dict(zip(("accuracy", "test_loss"), evaluate(state.params), strict=True)) if due else {}
-    progress = _on(progress, answers, scores, round_, time.perf_counter() - since)
+    scores = evaluate(state.params) if due else {}
+    progress = _on(progress, answers, scores.get(plan.metric), round_, time.perf_counter() - since)
     record = {
         "round": round_,
         "cohort": [one.client for one in told],
@@ -134,14 +136,14 @@ def one_round(
     return record, state, progress
 
 
-def _on(progress: Progress, answers: Answers, scores: dict[str, float], round_: int, seconds: float) -> Progress:
+def _on(progress: Progress, answers: Answers, score: float | None, round_: int, seconds: float) -> Progress:
     """The totals after a round."""
     passes = sum((update.passes for update in answers.updates), start=Passes())
-    better = bool(scores) and scores["accuracy"] > progress.best
+    better = score is not None and score > progress.best
     return Progress(
-        best=scores["accuracy"] if better else progress.best,
+        best=score if score is not None and better else progress.best,
         best_round=round_ if better else progress.best_round,
-        waited=0 if better else progress.waited + bool(scores),
+        waited=0 if better else progress.waited + (score is not None),
         bytes_down=progress.bytes_down + answers.bytes_down,
         bytes_up=progress.bytes_up + answers.bytes_up,
         value_passes=progress.value_passes + passes.value,
@@ -159,7 +161,7 @@ def _totals(progress: Progress) -> Record:
 
 
 def _personal(updates: Sequence[Update]) -> Record:
-    """Accuracy on the clients' own held-out rows before and after local training, over all rows."""
+    """The metric on the clients' own held-out rows before and after local training, their mean weighted by rows."""
     rows = sum(u.held_out for u in updates)
     if not rows:
         return {}
