@@ -32,7 +32,7 @@ class Answers(NamedTuple):
 class Limits(NamedTuple):
     """What a run may spend: it ends with the round that reaches one of them. 0 = no limit."""
 
-    passes: int = 0  # value, tangent and backward passes of all clients, each counted as one
+    passes: float = 0  # value, tangent and backward passes of all clients, each counted as one
     megabytes: float = 0.0  # up and down, 1e6 bytes
     seconds: float = 0.0  # of rounds and evaluations
 
@@ -49,10 +49,11 @@ class Plan(NamedTuple):
     eval_every: int
     patience: int  # evaluations without a better one; 0 = never stop early
     limits: Limits = Limits()
+    metric: str = "accuracy"  # the name of the number by which models are compared; more is better
 
 
 Exchange = Callable[[Sequence[Instruction]], Answers]
-Evaluate = Callable[[Params], tuple[float, float]]  # values -> (accuracy, mean loss) on the untouched test rows
+Evaluate = Callable[[Params], dict[str, float]]  # values -> numbers by name on the untouched test rows
 Record = dict[str, Any]
 
 TIMED = ("seconds", "peak_bytes")  # the fields of a record that may differ between two equal runs
@@ -89,7 +90,7 @@ def train(
 ) -> Iterator[tuple[Record, ServerState]]:
     """Runs the rounds that are left and yields each one's record, after it and the state are safe on the disk."""
     if not _begun(progress):
-        record, progress = _first(state, progress, evaluate)
+        record, progress = _first(plan, state, progress, evaluate)
         _keep(journal, record, state, progress)
         yield record, state
     while unfinished(plan, state, progress):
@@ -127,15 +128,15 @@ def done(plan: Plan, state: ServerState, progress: Progress) -> float:
 
 def _begun(progress: Progress) -> bool:
     """Whether the model has been evaluated once."""
-    return progress.best >= 0
+    return progress.best > -math.inf
 
 
-def _first(state: ServerState, progress: Progress, evaluate: Evaluate) -> tuple[Record, Progress]:
+def _first(plan: Plan, state: ServerState, progress: Progress, evaluate: Evaluate) -> tuple[Record, Progress]:
     """The record of round 0: where the model starts."""
     since = time.perf_counter()
-    accuracy, test_loss = evaluate(state.params)
-    progress = progress._replace(best=accuracy, seconds=time.perf_counter() - since)
-    return {"round": 0, "accuracy": accuracy, "test_loss": test_loss, **_totals(progress)}, progress
+    scores = evaluate(state.params)
+    progress = progress._replace(best=scores[plan.metric], seconds=time.perf_counter() - since)
+    return {"round": 0, **scores, **_totals(progress)}, progress
 
 
 def one_round(
@@ -153,8 +154,8 @@ def one_round(
     progress = _on(progress, answers, time.perf_counter() - since)
     due = due or spent(plan.limits, progress)  # the last round is evaluated, whatever ended the run
     since = time.perf_counter()
-    scores = dict(zip(("accuracy", "test_loss"), evaluate(server.served(state)), strict=True)) if due else {}
-    progress = _judged(progress, scores["accuracy"], round_, time.perf_counter() - since) if due else progress
+    scores = evaluate(server.served(state)) if due else {}
+    progress = _judged(progress, scores[plan.metric], round_, time.perf_counter() - since) if due else progress
     record = {
         "round": round_,
         "cohort": [one.client for one in told],
@@ -203,7 +204,7 @@ def _totals(progress: Progress) -> Record:
 
 
 def _personal(updates: Sequence[Update]) -> Record:
-    """Accuracy on the clients' own held-out rows before and after local training, over all rows."""
+    """The metric on the clients' own held-out rows before and after local training, their mean weighted by rows."""
     rows = sum(u.held_out for u in updates)
     if not rows:
         return {}
