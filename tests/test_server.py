@@ -108,7 +108,7 @@ def test_finish_takes_the_mean_with_plain_sgd():
     built = method()
     state, told = begun(built)
     after, refused = server.finish(state, told, [update(one, 2.0) for one in told], built)
-    assert refused == {}
+    assert refused.failed == {}
     assert after.round == 1
     assert all(torch.allclose(after.params[name], value + 2.0) for name, value in state.params.items())
 
@@ -161,7 +161,7 @@ def test_an_answer_that_does_not_fit_is_as_if_absent(fault):
         text = "shapes" if fault == "shape" else "finite"
     after, refused = server.finish(state, told, [bad, good], built)
     without, _ = server.finish(state, told, [good], built)
-    assert text in refused[bad.client]
+    assert text in refused.failed[bad.client]
     assert all(torch.equal(after.params[name], without.params[name]) for name in after.params)
 
 
