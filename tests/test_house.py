@@ -20,9 +20,9 @@ RANKS: list[list[str]] = [
     ["types"],
     ["tree", "noise", "wire", "jvp", "hub"],
     ["data"],
-    ["estimators", "assign", "optimizers", "aggregate", "partition", "adapters", "tasks", "costs"],
+    ["estimators", "assign", "optimizers", "aggregate", "partition", "adapters", "tasks"],
     ["hooks", "methods", "trace"],
-    ["loss", "ledger"],
+    ["loss", "ledger", "costs"],
     ["models", "config", "journal"],
     ["client", "server"],
     ["train"],
@@ -31,7 +31,7 @@ RANKS: list[list[str]] = [
     ["api", "report", "screen"],
     ["cli"],
 ]
-PACKAGES = ("jvp", "data", "estimators", "engines")  # a folder is one place: its files may import each other downwards
+PACKAGES = ("costs", "jvp", "data", "estimators", "engines", "tasks")  # a folder is one place: files import each other downwards
 HUGGING_FACE = {"transformers", "peft", "datasets", "tokenizers", "accelerate"}
 MAY_USE = {
     "transformers": {"adapters", "loss", "models"},

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,8 +30,8 @@ class Local(NamedTuple):
     bind: Callable[[Params, Params], LossFn]  # (values that stay as they are, guide) -> the loss of the others
     batches: Callable[[int], Iterator[Batch]]  # a seed for the order -> the local batches of one round
     examples: int
-    held_out: Callable[[], Iterator[Batch]]
-    score: Callable[[Params, Iterator[Batch]], tuple[int, int]]  # (correct, scored)
+    held_out: Callable[[], Any]  # what `score` looks at
+    score: Callable[[Params, Any], tuple[float, int]]  # (the task's metric, times the rows scored; rows)
     device: torch.device
 
 

@@ -6,7 +6,9 @@ Cost: the model once, the tokens of all rows, and what the loop costs.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
+import math
 import platform
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from spryfl import client, data, journal, ledger, methods, models, noise, partition, server, tasks, train
+from spryfl import client, costs, data, journal, ledger, methods, models, noise, partition, server, tasks, train
 from spryfl.adapters import ADAPTERS
 from spryfl.config import Experiment
 from spryfl.engines.simulate import simulation
@@ -66,6 +68,7 @@ def read(experiment: Experiment) -> data.Corpus:
         test_rows=d.test_rows,
         seed=experiment.seed,
         revision=d.revision,
+        needs=tasks.build(experiment.task).needs,
     )
 
 
@@ -87,17 +90,20 @@ def load_model(experiment: Experiment, labels: tuple[str, ...]) -> Model:
         attention=m.attention,
         trust_remote_code=m.trust_remote_code,
         seed=seed,
+        task=(task := tasks.build(experiment.task)),
     )
     options = dict(experiment.adapter)
     adapter = m.adapter or ADAPTERS[options.pop("kind")](**options)
     _, source = models.resolve(m.name)
-    return models.prepare(base, tokenizer, labels, adapter, source=source, seed=seed, device=experiment.device)
+    where: dict[str, Any] = {"source": source, "seed": seed, "device": experiment.device}
+    return models.prepare(base, tokenizer, labels, adapter, **where, task=task)
 
 
 def prepare(experiment: Experiment, corpus: data.Corpus, model: Model) -> Job:
     """Tokens, partition and plan of an experiment whose data and model are there."""
-    rows = tasks.encode(model.tokenizer, corpus.train, experiment.data.max_length)
-    test = tasks.encode(model.tokenizer, corpus.test, experiment.data.max_length)
+    rows, test = (
+        model.task.encode(model.tokenizer, side, experiment.data.max_length) for side in (corpus.train, corpus.test)
+    )
     cut = [
         partition.hold_out(part, experiment.partition.held_out, noise.child_seed(experiment.seed, "held out", i))
         for i, part in enumerate(deal(experiment, corpus))
@@ -117,6 +123,8 @@ def prepare(experiment: Experiment, corpus: data.Corpus, model: Model) -> Job:
         cohort=min(t.cohort, clients),
         eval_every=t.eval_every,
         patience=t.patience,
+        limits=train.Limits(t.max_passes, t.max_megabytes, t.max_seconds),
+        metric=model.task.metric,
     )
     return Job(experiment, corpus, model, rows, test, parts, held, plan, steps)
 
@@ -133,12 +141,14 @@ def _joined(parts: Sequence[Sequence[int]]) -> tuple[int, ...]:
 
 
 def predicted(job: Job) -> costs.Costs:
-    """What the experiment's method costs at its shapes; rows are taken as long as the mean of the training rows."""
-    t = job.experiment.train
-    tokens = round(sum(len(ids) for ids in job.rows.ids) / len(job.rows.ids))
-    shapes = models.shapes_of(job.model.module, job.model.units, t.batch_size, tokens)
-    steps = job.steps or t.epochs * -(-sum(map(len, job.parts)) // (len(job.parts) * t.batch_size))
-    method = dataclasses.replace(job.experiment.method, sharing="federated")  # pooled steps are counted already
+    """What the experiment's method costs at its shapes, a row as long as the mean of the training rows."""
+    t, method = job.experiment.train, job.experiment.method
+    lengths = [len(one["input_ids"]) for row in job.rows.inputs for one in row]
+    sequences = t.batch_size * len(lengths) // max(len(job.rows.inputs), 1)
+    shapes = models.shapes_of(job.model.module, job.model.units, sequences, round(sum(lengths) / len(lengths)))
+    steps = job.steps or t.epochs * math.ceil(sum(map(len, job.parts)) / len(job.parts) / t.batch_size)
+    if method.sharing == "pooled":  # the steps of a cohort are counted already
+        method = dataclasses.replace(method, sharing="federated")
     return train.predicted(method, shapes, job.plan.clients, job.plan.cohort, steps)
 
 
@@ -156,27 +166,36 @@ def local(job: Job) -> Callable[[int], client.Local]:
         batches=lambda seed: batches(job.parts[i], seed),
         examples=len(job.parts[i]),
         held_out=lambda: scoring(job.rows, job.held[i], model),
-        score=lambda params, rows: models.score(model, params, rows)[:2],
+        score=lambda params, held: personal(job, params, held, len(job.held[i])),
         device=model.device,
     )
 
 
-def scoring(rows: Rows, indices: Sequence[int], model: Model) -> Iterator[Batch]:
-    """Batches for scoring, of like length."""
+def personal(job: Job, params: Params, held: Iterator[tuple[list[int], Batch]], count: int) -> tuple[float, int]:
+    """(the metric on a client's held-out rows, times these; rows): sums over clients give the mean weighted by rows."""
+    if not count:
+        return 0, 0
+    metrics, _ = models.score(job.model, params, job.rows, held)
+    return metrics[job.model.task.metric] * count, count
+
+
+def scoring(rows: Rows, indices: Sequence[int], model: Model) -> Iterator[tuple[list[int], Batch]]:
+    """Batches for scoring, of like length, each with the indices of its rows."""
     for chosen in tasks.by_length(rows, indices, _SCORE_BATCH):
-        yield tasks.collate(rows, chosen, model.device)
+        yield chosen, tasks.collate(rows, chosen, model.device)
 
 
 def evaluate(job: Job) -> train.Evaluate:
-    """Accuracy and mean loss on the test rows: of the shared model, or the mean over the clients' own."""
+    """The task's metrics and the mean loss on the test rows: of the shared model, or the mean over the clients' own."""
 
-    def one(params: Params) -> tuple[float, float]:
-        right, rows, total = models.score(job.model, params, scoring(job.test, range(len(job.test.labels)), job.model))
-        return right / rows, total / rows
+    def one(params: Params) -> dict[str, float]:
+        batches = scoring(job.test, range(len(job.test.labels)), job.model)
+        metrics, loss = models.score(job.model, params, job.test, batches)
+        return {**metrics, "test_loss": loss}
 
-    def every(params: Params) -> tuple[float, float]:
+    def every(params: Params) -> dict[str, float]:
         scores = [one(own) for own in own_models(job, params)]
-        return sum(a for a, _ in scores) / len(scores), sum(b for _, b in scores) / len(scores)
+        return {name: sum(score[name] for score in scores) / len(scores) for name in scores[0]}
 
     return every
 
@@ -254,6 +273,7 @@ def card(job: Job) -> dict[str, Any]:
     return {
         "model": d.model.name,
         "revision": d.model.revision,
+        "task": d.as_dict()["task"],
         "labels": list(job.model.labels),
         "max_length": d.data.max_length,
         "method": d.method.name,
@@ -278,6 +298,7 @@ def facts(job: Job) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "commit": _commit(),
         "seed": job.experiment.seed,
+        "metric": job.model.task.metric,
         "data": {
             "source": job.corpus.source,
             "fingerprint": job.corpus.fingerprint,

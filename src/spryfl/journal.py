@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -26,7 +27,7 @@ NEWEST, BEST = "newest", "best"
 class Progress(NamedTuple):
     """What the loop carries besides the server's state."""
 
-    best: float = -1.0  # highest accuracy so far
+    best: float = -math.inf  # highest value of the task's metric so far
     best_round: int = 0
     waited: int = 0  # evaluations since
     bytes_down: int = 0

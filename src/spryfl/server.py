@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from spryfl import ledger, noise, trace, tree, wire
+from spryfl import assign, ledger, noise, trace, tree, wire
 from spryfl.aggregate import TooFewError
 from spryfl.methods import Built
 from spryfl.types import CatchUp, Instruction, Ledger, Params, Pool, Round, ServerState, Unit, Update
@@ -53,7 +53,7 @@ def begin(
     """An instruction for each client of the cohort: its units, the head unless it is split, all current values."""
     round_ = state.round + 1
     dealt = deal(units, cohort, method, round_)
-    sent = tuple(name for unit in needed(units, dealt.values()) for name in unit.params)
+    sent = tuple(name for unit in needed(units, method) for name in unit.params)
     told = [
         Instruction(
             round=round_,
@@ -215,10 +215,9 @@ def _unasked(update: Update, told: Instruction) -> str:
     return ""
 
 
-def needed(units: Sequence[Unit], dealt: Iterable[tuple[Unit, ...]]) -> list[Unit]:
+def needed(units: Sequence[Unit], method: Built) -> list[Unit]:
     """Units that must travel: all, unless only the head ever moves; the rest then is as the model starts."""
-    only_head = all(unit.head for mine in dealt for unit in mine)
-    return [unit for unit in units if unit.head or not only_head]
+    return [unit for unit in units if unit.head or method.assign is not assign.no_unit]
 
 
 def _own(client: int, name: str) -> str:

@@ -194,8 +194,8 @@ class Update(NamedTuple):
     peak_bytes: int  # most memory that a step held above the model; 0 = not measured
     seconds: float
     held_out: int = 0  # examples scored; 0 = not asked
-    correct_before: int = 0
-    correct_after: int = 0
+    correct_before: float = 0  # the task's metric times the rows: for accuracy, the right ones
+    correct_after: float = 0
     trace: Trace | None = None
     scalars: Scalars = Scalars()
     variance: float = 0.0  # of the client's mean gradient, summed over its values; 0 = not asked

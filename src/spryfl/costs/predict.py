@@ -50,7 +50,7 @@ def predict(method: Method, built: Built, shapes: Shapes, rounds: Sequence[Dealt
         steps: local batches of a client in a round.
     """
     work = _work(method, shapes)
-    own = [tuple(mine) for mine in rounds[0].values() if mine]
+    own = next((list(_asked(dealt).values()) for dealt in rounds if _asked(dealt)), [])
     made = [work(mine) for mine in own]
     known = [step for step in made if step is not None]
     parts = traffic.run(built, shapes.units, work, rounds, steps)
@@ -63,14 +63,19 @@ def predict(method: Method, built: Built, shapes: Shapes, rounds: Sequence[Dealt
         sure=all(step.sure for step in known),
         flops=sum(each) / len(each) if each else None,
         paper_flops=_paper_flops(method, shapes, own, known),
-        paper=traffic.paper(built, {i: mine for i, mine in enumerate(own)}, work, steps),
+        paper=traffic.paper(built, dict(enumerate(own)), work, steps),
         round=mean,
         first=parts[0] if parts else None,
-        headers=headers(built, shapes, rounds, work, steps) if parts else None,
+        headers=headers(built, shapes, rounds, work, steps) if parts and own else None,
         clients=len(own),
         drawn=steps * sum(step.drawn for step in known) / len(known) if known else None,
         server=2 * (mean.replayed + values) if mean else None,
     )
+
+
+def _asked(dealt: Dealt) -> dict[int, tuple[Unit, ...]]:
+    """Those with anything to train."""
+    return {client: tuple(mine) for client, mine in dealt.items() if mine}
 
 
 def _work(method: Method, shapes: Shapes) -> Callable[[Sequence[Unit]], Step | None]:
@@ -112,7 +117,7 @@ def headers(
     steps: int,
 ) -> Traffic:
     """Header bytes of one instruction and of one answer, measured on messages of these shapes in a late round."""
-    client, mine = next((client, mine) for client, mine in rounds[-1].items() if mine)
+    client, mine = next((client, mine) for dealt in reversed(rounds) for client, mine in _asked(dealt).items())
     own = tuple(name for unit in mine for name in unit.params)
     made = _trace(work(mine), steps) if method.scalars else None
     back = _dense(work(mine)) if method.scalars else mine
@@ -139,7 +144,7 @@ def _shares(
 ) -> tuple[Share, ...]:
     own = tuple(
         Share(2**62 + i, (), 1.0, 100, _values(_dense(work(mine))), _trace(work(mine), steps))
-        for i, mine in enumerate(dealt.values())
+        for i, mine in enumerate(_asked(dealt).values())
     )
     return own[:1] if method.seeds.shared else own
 

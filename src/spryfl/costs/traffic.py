@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from spryfl import wire
+from spryfl import assign, wire
 from spryfl.costs.passes import Step
 from spryfl.costs.shapes import size
 from spryfl.methods import Built
@@ -99,22 +99,16 @@ def run(
         made = {client: work(mine) for client, mine in dealt.items()}
         if method.scalars and None in made.values():
             return None
-        sent = _needed(units, dealt)
+        sent = [unit for unit in units if unit.head or method.assign is not assign.no_unit]
         ways = [_told(book, number, client, sent) for client in dealt]
         shares = [_answer(method, mine, made[client], steps, bool(book.moved)) for client, mine in dealt.items()]
         kept = _kept(method, dealt, shares)
         _finish(book, number, dealt, made, kept)
-        down, drawn = (sum(column) for column in zip(*ways, strict=True))
+        down, drawn = sum(way[0] for way in ways), sum(way[1] for way in ways)
         up = sum(share.bytes + ACCOUNT for share in shares)
         server = book.summed[0] * book.summed[1] if method.seeds.pool else kept.drawn
         out.append(Part(down, up, drawn, server))
     return out
-
-
-def _needed(units: Sequence[Unit], dealt: Dealt) -> Sequence[Unit]:
-    """All units, unless only the head ever moves."""
-    only_head = all(unit.head for mine in dealt.values() for unit in mine)
-    return [unit for unit in units if unit.head or not only_head]
 
 
 def _told(book: _Book, number: int, client: int, sent: Sequence[Unit]) -> tuple[int, int]:
