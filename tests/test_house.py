@@ -28,10 +28,11 @@ RANKS: list[list[str]] = [
     ["train"],
     ["engines"],
     ["job"],
-    ["api", "report", "screen"],
+    ["api", "report", "screen", "explain"],
     ["cli"],
 ]
-PACKAGES = ("costs", "jvp", "data", "estimators", "engines", "tasks")  # a folder is one place: files import each other downwards
+# A folder is one place: its files import each other downwards.
+PACKAGES = ("costs", "jvp", "data", "estimators", "engines", "tasks")
 HUGGING_FACE = {"transformers", "peft", "datasets", "tokenizers", "accelerate"}
 MAY_USE = {
     "transformers": {"adapters", "loss", "models"},

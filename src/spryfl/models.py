@@ -177,6 +177,7 @@ def shapes_of(module: Any, units: tuple[Unit, ...], rows: int, tokens: int) -> S
         products=any(".lora_" in name for unit in units for name in unit.params),
         shared=config.model_type == "albert",
         pooler=any(name == "pooler" or name.startswith("pooler.") for name in names),
+        norm_first=hasattr(base, "score") and getattr(config, "do_layer_norm_before", True),
         every_token=hasattr(base, "score"),
     )
 

@@ -28,6 +28,7 @@ class Step(NamedTuple):
     cut: bool = False  # whether reverse mode or tangents enter the upper part at the cut
     dense: tuple[Unit, ...] = ()  # units whose gradient is exact
     blocks: tuple[tuple[int, int], ...] = ()  # (how many scalars, over how many values each)
+    again: bool = False  # blocks that are run backwards have their values computed again
     sure: bool = True  # False where the numbers depend on the data
 
     @property
@@ -53,12 +54,15 @@ def step_flops(shapes: Shapes, step: Step, mine: Sequence[Unit]) -> float:
     first = flops.first_moved(shapes, mine)
     once = 0 if shapes.shared else min(max(first, 0), at)  # blocks before the first moved one run once a batch
     below = flops.value(shapes, 0, once) + step.below.value * flops.value(shapes, once, at)
-    above = step.above.value * (flops.value(shapes, at, last) + flops.head_value(shapes))
+    head = step.above.value - (step.again and step.cut)
+    above = step.above.value * flops.value(shapes, at, last) + head * flops.head_value(shapes)
+    rerun = (step.top if step.cut else last - max(first, 0)) if step.again else 0
     moves = step.below.tangent + step.below.backward
     changes = moves * flops.change(shapes, mine, 0, at, first)
     first_above = -1 if step.cut else first
     fed = step.cut or first < last
     upper = flops.change(shapes, mine, at, last, first_above) + flops.head_change(shapes, mine, fed)
+    above -= rerun * flops.unneeded(shapes)
     return below + above + changes + (step.above.tangent + step.above.backward) * upper
 
 
@@ -67,7 +71,7 @@ Predictor = Callable[..., Step]
 
 def _backprop(shapes: Shapes, mine: Sequence[Unit], *, checkpoint: bool) -> Step:
     once = Passes(1, 0, 1)
-    return Step(Passes(2, 0, 1) if checkpoint else once, once, dense=tuple(mine))
+    return Step(Passes(2, 0, 1) if checkpoint else once, once, dense=tuple(mine), again=checkpoint)
 
 
 def _forward(
@@ -85,7 +89,7 @@ def _forward(
     count = directions if inside else 0
     below = Passes(math.ceil(count / chunk) if chunk and count else 1, count)
     above = Passes(2 if checkpoint else 1, 0, 1) if cut else below
-    return Step(below, above, _blocks(shapes, exact_top), cut, exact, _drawn((count, inside)))
+    return Step(below, above, _blocks(shapes, exact_top), cut, exact, _drawn((count, inside)), checkpoint)
 
 
 def _central(shapes: Shapes, mine: Sequence[Unit], *, directions: int, exact_head: bool = False) -> Step:
@@ -96,9 +100,7 @@ def _one_sided(shapes: Shapes, mine: Sequence[Unit], *, directions: int, exact_h
     return _differences(shapes, mine, 1, 1, directions, exact_head)
 
 
-def _differences(
-    shapes: Shapes, mine: Sequence[Unit], each: int, base: int, directions: int, exact_head: bool
-) -> Step:
+def _differences(shapes: Shapes, mine: Sequence[Unit], each: int, base: int, directions: int, exact_head: bool) -> Step:
     inside, exact = sides(shapes, mine, 0) if exact_head else (tuple(mine), ())
     count = directions if inside else 0
     runs = each * count + (1 if exact_head else base)

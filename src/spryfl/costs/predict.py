@@ -22,6 +22,8 @@ from spryfl.costs.traffic import Dealt, Part, Traffic
 from spryfl.methods import Built, Method
 from spryfl.types import CatchUp, Instruction, Passes, Round, Share, Trace, Unit, Update
 
+DRAW = 1e-7  # seconds to draw one value of a direction; measured on one core: normals 0.11 us, random signs 0.045 us
+
 
 class Costs(NamedTuple):
     """One method at given shapes. A round's numbers are means over the second half of the rounds; None is unknown."""
@@ -92,9 +94,7 @@ def _mean_passes(shapes: Shapes, steps: Sequence[Step]) -> Passes:
     return Passes() + Passes(*(sum(column) / len(steps) for column in columns))
 
 
-def _paper_flops(
-    method: Method, shapes: Shapes, own: Sequence[Sequence[Unit]], steps: Sequence[Step]
-) -> float | None:
+def _paper_flops(method: Method, shapes: Shapes, own: Sequence[Sequence[Unit]], steps: Sequence[Step]) -> float | None:
     trunk = [unit for unit in shapes.units if not unit.head]
     if not (trunk and steps):
         return None

@@ -1,7 +1,7 @@
 """The sizes that a prediction needs: of a network, of its trainable values, and of one batch. Costs nothing.
 
-`shapes(...)` makes them from a few numbers: an encoder with a pair (A, B) of LoRA on some maps of every block and a head
-of two maps, as RoBERTa has. `models.shapes(...)` makes them from a Hugging Face configuration.
+`shapes(...)` makes them from a few numbers: an encoder with a pair (A, B) of LoRA on some maps of every block and a
+head of two maps, as RoBERTa has. `models.shapes(...)` makes them from a Hugging Face configuration.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class Shapes(NamedTuple):
     products: bool = True  # a unit is a pair of matrices (LoRA), not a factor or a bias
     shared: bool = False  # one set of values for all blocks (ALBERT)
     pooler: bool = False  # a frozen map of the first token before the head
+    norm_first: bool = False  # a block ends in a map and a sum, not in a norm
     every_token: bool = False  # the head runs over all tokens (decoders), not over one a row
 
     @property

@@ -81,9 +81,7 @@ class _Book:
     summed: tuple[int, int] = (0, 0)  # a pool's sums: (how many, values that they move)
 
 
-def run(
-    method: Built, units: Sequence[Unit], work: Work, rounds: Sequence[Dealt], steps: int
-) -> list[Part] | None:
+def run(method: Built, units: Sequence[Unit], work: Work, rounds: Sequence[Dealt], steps: int) -> list[Part] | None:
     """Each round of a run, if all clients answer and none is gated; None where the scalars of an estimator are unknown.
 
     Args:
