@@ -22,6 +22,7 @@ RANKS: list[list[str]] = [
     ["data"],
     ["estimators", "assign", "optimizers", "aggregate", "partition", "adapters", "tasks", "costs"],
     ["hooks", "methods"],
+    ["layout"],
     ["loss"],
     ["models", "config", "journal"],
     ["client", "server"],
@@ -34,7 +35,7 @@ RANKS: list[list[str]] = [
 PACKAGES = ("jvp", "data", "estimators", "engines")  # a folder is one place: its files may import each other downwards
 HUGGING_FACE = {"transformers", "peft", "datasets", "tokenizers", "accelerate"}
 MAY_USE = {
-    "transformers": {"adapters", "loss", "models"},
+    "transformers": {"adapters", "layout", "models"},
     "peft": {"adapters"},
     "datasets": {"data"},
     "matplotlib": {"report"},
