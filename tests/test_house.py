@@ -27,7 +27,7 @@ RANKS: list[list[str]] = [
     ["models", "config", "journal"],
     ["client", "server"],
     ["train"],
-    ["engines"],
+    ["engines", "testing"],
     ["job"],
     ["api", "report", "screen"],
     ["cli"],
@@ -118,7 +118,7 @@ def test_client_and_server_do_not_know_each_other():
 def test_a_device_needs_torch_alone():
     """client, server, train and the mathematics import with nothing of Hugging Face, pydantic or a plotting library."""
     hidden = [*sorted(HUGGING_FACE), "pydantic", "matplotlib", "typer", "rich", "pyarrow", "tomli_w"]
-    wanted = ["client", "server", "train", "estimators", "methods", "engines.simulate", "jvp"]
+    wanted = ["client", "server", "train", "estimators", "methods", "engines.simulate", "jvp", "testing"]
     code = f"import sys; sys.modules.update(dict.fromkeys({hidden})); import importlib\n"
     code += f"[importlib.import_module('spryfl.' + name) for name in {wanted}]"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

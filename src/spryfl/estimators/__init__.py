@@ -9,9 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from spryfl.estimators.backprop import backprop
+from spryfl.estimators.finite import central_difference, forward_difference
 from spryfl.estimators.forward import forward
+from spryfl.estimators.twoblock import two_block
 from spryfl.types import Estimator
 
-ESTIMATORS: dict[str, Callable[..., Estimator]] = {"backprop": backprop, "forward": forward}
+ESTIMATORS: dict[str, Callable[..., Estimator]] = {
+    "backprop": backprop,
+    "forward": forward,
+    "central_difference": central_difference,
+    "forward_difference": forward_difference,
+    "two_block": two_block,
+}
 
-__all__ = ["ESTIMATORS", "backprop", "forward"]
+__all__ = ["ESTIMATORS", "backprop", "central_difference", "forward", "forward_difference", "two_block"]
