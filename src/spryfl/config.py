@@ -344,6 +344,8 @@ def _settled(experiment: Experiment) -> TrainSection:
     train, given = experiment.train, experiment.train.model_fields_set
     cohort = train.cohort if "cohort" in given else min(train.cohort, experiment.partition.clients)
     steps = 0 if train.epochs else train.steps
+    if experiment.method.local_optimizer["kind"] == "none" and "steps" not in given:
+        steps = 0 if train.epochs else 1  # a gradient a round, unless more batches are asked for
     return train.model_copy(update={"cohort": cohort, "steps": steps})
 
 
