@@ -256,10 +256,9 @@ def _typed(fields: dict[str, Any], given: Mapping[str, Any], where: str) -> dict
     """The values of fields (name -> type and default), of the right types; unknown names are errors."""
     schema = create_model("Given", __config__=_STRICT, **fields)
     tuples = {name for name, (type_, _) in fields.items() if get_origin(type_) is tuple}  # TOML has lists alone
+    values = {key: tuple(value) if key in tuples and isinstance(value, list) else value for key, value in given.items()}
     try:
-        return schema(
-            **{k: tuple(v) if k in tuples and isinstance(v, list) else v for k, v in given.items()}
-        ).model_dump()
+        return schema(**values).model_dump()
     except ValidationError as error:
         raise ValueError("\n".join(_told(one, schema, where) for one in error.errors())) from None
 
