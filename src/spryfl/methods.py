@@ -205,7 +205,7 @@ def _check_together(method: Method, built: Built) -> None:
             f'    Use exchange = "weights", or one of: {seeded}.',
         ),
         (
-            bool(method.estimator.get("candidates")) != method.guide,
+            (method.estimator.get("candidates", 1) > 1) != method.guide,
             "method.guide and estimator.candidates go together: the last pseudo-gradient is sent so that an estimator "
             "may choose among candidates. Set both, or neither.",
         ),
