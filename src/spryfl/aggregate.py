@@ -41,12 +41,13 @@ def mean() -> Aggregator:
     def aggregate(clients: Sequence[Params], weights: Sequence[float]) -> dict[str, Tensor]:
         total: dict[str, Tensor] = {}
         weight: dict[str, float] = {}
+        dtype = {name: value.dtype for params in clients for name, value in params.items()}
         for params, own in zip(clients, weights, strict=True):
             for name, value in params.items():
                 share = value.double() * own
                 total[name] = total[name] + share if name in total else share
                 weight[name] = weight.get(name, 0.0) + own
-        return {name: (value / weight[name]).float() for name, value in total.items()}
+        return {name: (value / weight[name]).to(dtype[name]) for name, value in total.items()}
 
     return aggregate
 

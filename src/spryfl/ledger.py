@@ -32,17 +32,17 @@ class Held(NamedTuple):
 
 
 def shares(
-    asked: Mapping[int, Instruction], updates: Sequence[Update], method: Built, names: Sequence[str]
+    asked: Mapping[int, Instruction], updates: Sequence[Update], method: Built, values: Params
 ) -> tuple[Share, ...]:
     """Accepted answers, in the order of client ids, as what moves the values; merged where their seeds are shared.
 
     Args:
         asked: each client's instruction.
         updates: the accepted answers.
-        names: of all values.
+        values: all of them, as the round began.
     """
-    own = [_share(asked[one.client], one, names) for one in sorted(updates, key=lambda u: u.client)]
-    return (_merged(own, method),) if method.seeds.shared and _alike(own) and _linear(method) else tuple(own)
+    own = [_share(asked[one.client], one, list(values)) for one in sorted(updates, key=lambda u: u.client)]
+    return (_merged(own, method, values),) if method.seeds.shared and _alike(own) and _linear(method) else tuple(own)
 
 
 def _share(told: Instruction, update: Update, names: Sequence[str]) -> Share:
@@ -63,10 +63,10 @@ def _alike(own: Sequence[Share]) -> bool:
     return len(kinds) == 1 and len(seeds) == len(own) and all(torch.equal(one, seeds[0]) for one in seeds)
 
 
-def _merged(own: Sequence[Share], method: Built) -> Share:
+def _merged(own: Sequence[Share], method: Built, values: Params) -> Share:
     """One share with the mean, or the robust mean, of the scalars and of the dense parts."""
-    weights = [share.weight for share in own]
-    tables: list[Params] = [{"scalars": _trace(share).scalars} for share in own]
+    weights, kind = [share.weight for share in own], next(iter(values.values())).dtype
+    tables: list[Params] = [{"scalars": _trace(share).scalars.to(kind)} for share in own]
     scalars = method.aggregate(tables, weights)["scalars"]
     dense = method.aggregate([share.params for share in own], weights) if own[0].params else {}
     return own[0]._replace(

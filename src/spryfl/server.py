@@ -166,7 +166,7 @@ def _moved(
 ) -> ServerState:
     """The state after the accepted answers; what moved it stands in the ledger, where clients follow by replay."""
     number = state.round + 1
-    shares = ledger.shares(asked, kept, method, list(state.params))
+    shares = ledger.shares(asked, kept, method, state.params)
     if method.seeds.pool:
         params, optimizer, book = ledger.pooled(state, shares, method, head)
         grads: Params = {}
