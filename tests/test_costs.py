@@ -10,17 +10,23 @@ import torch
 from test_methods import settings  # noqa: F401  (a fixture)
 from toy import Toy, problem
 from transformers import (
+    AlbertConfig,
     AutoModelForSequenceClassification,
     BertConfig,
+    DistilBertConfig,
     GPT2Config,
     LlamaConfig,
+    OPTConfig,
     RobertaConfig,
 )
 
-from spryfl import adapters, costs, models
-from spryfl.costs import PREDICTED, counted_flops, passes, predictor, shapes, step_flops
+from spryfl import adapters, api, costs, explain, job, models, server, train
+from spryfl.config import parse
+from spryfl.costs import PREDICTED, counted_flops, header, passes, predictor, shapes, step_flops
+from spryfl.costs.traffic import run
 from spryfl.estimators import ESTIMATORS
 from spryfl.loss import ModelLoss
+from spryfl.methods import METHODS, Method
 from spryfl.types import Passes, Unit
 
 # Every registered kind at several options. A kind without a line here fails `test_every_kind_is_tried`.
@@ -219,3 +225,148 @@ def test_predicted_operations_are_counted_operations(case, late, name, networks)
     adapted = networks[name]
     _, counted, step, given = estimated(adapted, kind, options, (mine := moved(adapted.units, late)))
     assert step_flops(given, step, mine) == pytest.approx(counted, rel=0.02)
+
+
+def test_a_block_that_is_left_out_is_noticed(networks):
+    """The gap's own test: shapes of one block less are off by more than the tolerance."""
+    adapted = networks["bert"]
+    _, counted, step, given = estimated(adapted, "backprop", {}, list(adapted.units))
+    assert step_flops(given._replace(layers=given.layers - 1), step, adapted.units) < 0.9 * counted
+
+
+# Shapes ------------------------------------------------------------------------------------------------------------
+
+# (configuration, classes) -> (units of the adapter, of the head, LoRA's values, the head's): the table of the paper's
+# models, each counted by hand as (inputs + outputs) of the adapted maps and weights + biases of the head.
+TABLE = {
+    "roberta-large": (
+        RobertaConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096),
+        4,
+        (48, 2, 48 * 2048, 1024 * 1024 + 1024 + 4 * 1024 + 4),
+    ),
+    "distilbert": (DistilBertConfig(), 2, (12, 2, 12 * 1536, 768 * 768 + 768 + 2 * 768 + 2)),
+    "bert-large": (
+        BertConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096),
+        3,
+        (48, 1, 48 * 2048, 3 * 1024 + 3),
+    ),
+    "bert-base": (BertConfig(), 4, (24, 1, 24 * 1536, 4 * 768 + 4)),
+    "albert-large": (
+        AlbertConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096),
+        2,
+        (2, 1, 4096, 2050),
+    ),
+    "llama2-7b": (LlamaConfig(), 2, (64, 1, 64 * 8192, 8192)),
+    "opt-13b": (
+        OPTConfig(hidden_size=5120, num_hidden_layers=40, num_attention_heads=40, ffn_dim=20480),
+        2,
+        (80, 1, 80 * 10240, 10240),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_shapes_by_the_configuration_alone(name, tmp_path):
+    config, classes, expected = TABLE[name]
+    config.save_pretrained(tmp_path)
+    labels = tuple(str(i) for i in range(classes))
+    given = models.shapes(str(tmp_path), labels, adapters.lora(), rows=8, tokens=128)
+    head = [unit for unit in given.units if unit.head]
+    adapter = [unit for unit in given.units if not unit.head]
+    assert (len(adapter), len(head), sum(u.size for u in adapter), sum(u.size for u in head)) == expected
+    assert (given.labels, given.layers, given.rows, given.tokens) == (classes, config.num_hidden_layers, 8, 128)
+
+
+def test_numbers_by_hand_are_those_of_the_configuration(tmp_path):
+    """RoBERTa-Large from a few numbers costs what it costs from its own configuration."""
+    TABLE["roberta-large"][0].save_pretrained(tmp_path)
+    by_model = models.shapes(str(tmp_path), ("a", "b", "c", "d"), adapters.lora(), rows=8, tokens=128)
+    by_hand = shapes(vocabulary=by_model.vocabulary)
+    assert by_hand._replace(units=()) == by_model._replace(units=())
+    assert [u.size for u in by_hand.units] == [u.size for u in by_model.units]
+    one, other = (train.predicted(METHODS["spry"], given, 20, 10, 2) for given in (by_hand, by_model))
+    assert (one.flops, one.round, one.paper) == (other.flops, other.round, other.paper)
+
+
+def test_shapes_that_cannot_be():
+    with pytest.raises(ValueError, match="layers = 0"):
+        shapes(layers=0)
+    with pytest.raises(ValueError, match="labels = 1"):
+        shapes(labels=1)
+
+
+# Bytes -------------------------------------------------------------------------------------------------------------
+
+SGD = {"kind": "sgd", "lr": 1e-4}
+SCALARS = {"exchange": "scalars", "local_optimizer": SGD, "server_optimizer": {"kind": "sgd"}}
+MORE = {
+    "spry, replayed": {"name": "spry", **SCALARS},
+    "spry, head exact, replayed": {"name": "spry", "head": "exact", **SCALARS},
+    "spry, head split": {"name": "spry", "head": "split"},
+    "decomfl, head exact": {"name": "decomfl", "head": "exact"},
+    "fedspzo, decoupled": {"name": "fedspzo", "estimator": {"pairing": "decoupled", "scheme": "jvp"}},
+    "an exact top": {"name": "fedfgd", "estimator": {"exact_top": 1, "directions": 2}, **SCALARS},
+    "a guide with scalars": {"name": "fwdllm_plus", **SCALARS},
+    "a pool larger than the values": {"name": "fedkseed", "seeds": {"size": 5000}},
+    "a pool and an exact head": {"name": "fedkseed_pro", "head": "exact"},
+    "by budget": {"name": "spry", "assignment": {"kind": "budget", "values": [700, 1500]}},
+}
+ROUNDS, STEPS = 5, 3
+
+
+def asked(name):
+    given = MORE.get(name, {"name": name})
+    gate = METHODS[given["name"]].gate
+    return {**given, **({"gate": 1e30} if gate else {})}  # whom the gate stops hangs on the data
+
+
+@pytest.fixture
+def ran(settings):  # noqa: F811
+    """What a run of a few rounds counted, and its prediction: (job, rounds of traffic, headers, costs)."""
+
+    def go(name):
+        made = api.prepared(
+            parse(
+                settings(
+                    method=asked(name),
+                    adapter={"kind": "lora", "r": 8},
+                    train={"rounds": ROUNDS, "cohort": 2, "steps": STEPS, "eval_every": ROUNDS},
+                )
+            )
+        )
+        _, state, progress = job.begin(made, None)
+        inner, counted, headers = job.exchange(made, state), [], []
+
+        def exchange(told):
+            answers = inner(told)
+            down, up = ([header(one) for one in side] for side in (told, answers.updates))
+            counted.append((answers.bytes_down - sum(down), answers.bytes_up - sum(up)))
+            headers.append((max(down), max(up)))
+            return answers
+
+        records = [
+            record for record, _ in train.train(made.plan, state, progress, exchange, job.evaluate(made))
+        ]
+        return made, counted, headers, records
+
+    return go
+
+
+@pytest.mark.parametrize("name", [*METHODS, *MORE])
+def test_predicted_bytes_are_counted_bytes_but_for_headers(name, ran):
+    made, counted, headers, records = ran(name)
+    method, plan = made.experiment.method, made.plan
+    given = models.shapes_of(made.model.module, made.model.units, 8, 16)
+    work = costs.work(method, given)
+    rounds = [server.deal(plan.units, train.cohort(plan, r), plan.method, r) for r in range(1, ROUNDS + 1)]
+    parts = run(plan.method, plan.units, work, rounds, made.steps)
+    assert [(part.down, part.up) for part in parts] == counted
+    whole = job.predicted(made)
+    assert (whole.first.down, whole.first.up) == counted[0]
+    assert sum(whole.passes) * made.steps * plan.cohort * ROUNDS == pytest.approx(
+        sum(records[-1][f"{kind}_passes"] for kind in ("value", "tangent", "backward"))
+    )
+    names = sum(len(unit.params) for unit in plan.units)
+    assert max(up for _, up in headers) <= 400 + 30 * names
+    assert max(down for down, _ in headers) <= 400 + 30 * names + 250 * ROUNDS
+    assert whole.headers.up == pytest.approx(headers[-1][1], rel=0.5)

@@ -134,7 +134,7 @@ def methods_(
             raise ValueError("--set changes one method: give its name too.")
         rows = [(m, explain.brief(explain.costs(m, given, *where))) for m in METHODS.values()]
         _table(
-            ("method", "gradient", "who trains what", "passes", "MB up", "what it is"),
+            ("method", "gradient", "who trains what", "passes", "up", "what it is"),
             [(m.name, explain.gradient(m), explain.trainers(m), *costs, m.summary) for m, costs in rows],
         )
         out.print(

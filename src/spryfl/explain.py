@@ -12,7 +12,8 @@ from typing import Any
 
 from spryfl import train
 from spryfl.costs import DRAW, Costs, Shapes, shapes
-from spryfl.methods import EXCHANGES, HEADS, REGISTRIES, SHARING, Method, builder, named
+from spryfl.choices import EXCHANGES, HEADS, REGISTRIES, SHARING, Method, builder
+from spryfl.methods import named
 from spryfl.types import Passes
 
 _UNKNOWN = "unknown"
@@ -87,10 +88,9 @@ def table(made: Costs) -> list[Row]:
 
 
 def brief(made: Costs) -> Row:
-    """(passes of a step, MB up a client and a round)."""
+    """(passes of a step, bytes up a client and a round)."""
     count = "".join(f"{value:.3g}{sign}" for value, sign in zip(made.passes or (), "vtb", strict=False) if value)
-    up = made.round and made.round.up / max(made.clients, 1) / 1e6
-    return count or "?", "?" if up is None else f"{up:.2g}"
+    return count or "?", _bytes(made.round.up / max(made.clients, 1)) if made.round else "?"
 
 
 def says(passes: Passes | None) -> str:
@@ -161,7 +161,8 @@ def _values(count: float) -> str:
 
 
 def _draws(count: float) -> str:
-    return f"{_values(count)}, {DRAW * count:.2g} s" if count else "none"
+    seconds = DRAW * count
+    return f"{_values(count)}, {seconds:.{0 if seconds >= 10 else 2}f} s" if count else "none"
 
 
 def _tera(count: float | None, otherwise: str = _UNKNOWN) -> str:

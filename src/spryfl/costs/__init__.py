@@ -9,7 +9,7 @@ Predictions need no weights. Tests hold each against what a run counts.
 from spryfl.costs.flops import counted_flops
 from spryfl.costs.memory import peak_memory
 from spryfl.costs.passes import PREDICTED, Step, passes, predictor, step_flops
-from spryfl.costs.predict import DRAW, Costs, predict
+from spryfl.costs.predict import DRAW, Costs, predict, work
 from spryfl.costs.shapes import Shapes, shapes
 from spryfl.costs.traffic import ACCOUNT, Part, Traffic, header
 
@@ -30,4 +30,5 @@ __all__ = [
     "predictor",
     "shapes",
     "step_flops",
+    "work",
 ]

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import torch
 
 from spryfl import trace
+from spryfl.choices import Built, Method
 from spryfl.costs import flops, traffic
 from spryfl.costs.passes import Step, passes, predictor, step_flops
 from spryfl.costs.shapes import Shapes, size
-from spryfl.costs.traffic import Dealt, Part, Traffic
-from spryfl.methods import Built, Method
+from spryfl.costs.traffic import Dealt, Part, Traffic, Work
 from spryfl.types import CatchUp, Instruction, Passes, Round, Share, Trace, Unit, Update
 
 DRAW = 1e-7  # seconds to draw one value of a direction; measured on one core: normals 0.11 us, random signs 0.045 us
@@ -51,11 +51,11 @@ def predict(method: Method, built: Built, shapes: Shapes, rounds: Sequence[Dealt
         rounds: each round's clients and their units; enough of them for what a client misses to settle.
         steps: local batches of a client in a round.
     """
-    work = _work(method, shapes)
+    one = work(method, shapes)
     own = next((list(_asked(dealt).values()) for dealt in rounds if _asked(dealt)), [])
-    made = [work(mine) for mine in own]
+    made = [one(mine) for mine in own]
     known = [step for step in made if step is not None]
-    parts = traffic.run(built, shapes.units, work, rounds, steps)
+    parts = traffic.run(built, shapes.units, one, rounds, steps)
     late = parts[len(parts) // 2 :] if parts else []
     mean = Part(*(sum(column) / len(late) for column in zip(*late, strict=True))) if late else None
     each = [step_flops(shapes, step, mine) for step, mine in zip(known, own, strict=True)] if known else []
@@ -65,10 +65,10 @@ def predict(method: Method, built: Built, shapes: Shapes, rounds: Sequence[Dealt
         sure=all(step.sure for step in known),
         flops=sum(each) / len(each) if each else None,
         paper_flops=_paper_flops(method, shapes, own, known),
-        paper=traffic.paper(built, dict(enumerate(own)), work, steps),
+        paper=traffic.paper(built, dict(enumerate(own)), one, steps),
         round=mean,
         first=parts[0] if parts else None,
-        headers=headers(built, shapes, rounds, work, steps) if parts and own else None,
+        headers=headers(built, shapes, rounds, one, steps) if parts and own else None,
         clients=len(own),
         drawn=steps * sum(step.drawn for step in known) / len(known) if known else None,
         server=2 * (mean.replayed + values) if mean else None,
@@ -80,7 +80,8 @@ def _asked(dealt: Dealt) -> dict[int, tuple[Unit, ...]]:
     return {client: tuple(mine) for client, mine in dealt.items() if mine}
 
 
-def _work(method: Method, shapes: Shapes) -> Callable[[Sequence[Unit]], Step | None]:
+def work(method: Method, shapes: Shapes) -> Callable[[Sequence[Unit]], Step | None]:
+    """What one estimate does, as a function of a client's units; None where the estimator is unknown."""
     options = {key: value for key, value in method.estimator.items() if key != "kind"}
     exact = {"exact_head": True} if method.head == "exact" else {}
     made = predictor(method.estimator["kind"], {**options, **exact})
@@ -113,18 +114,18 @@ def headers(
     method: Built,
     shapes: Shapes,
     rounds: Sequence[Dealt],
-    work: Callable[[Sequence[Unit]], Step | None],
+    one: Work,
     steps: int,
 ) -> Traffic:
     """Header bytes of one instruction and of one answer, measured on messages of these shapes in a late round."""
     client, mine = next((client, mine) for dealt in reversed(rounds) for client, mine in _asked(dealt).items())
     own = tuple(name for unit in mine for name in unit.params)
-    made = _trace(work(mine), steps) if method.scalars else None
-    back = _dense(work(mine)) if method.scalars else mine
+    made = _trace(one(mine), steps) if method.scalars else None
+    back = _dense(one(mine)) if method.scalars else mine
     seen = max((i for i, dealt in enumerate(rounds[:-1], 1) if client in dealt), default=0)
     catch = None
     if method.follows and seen and not method.seeds.pool:
-        missed = [Round(i, _shares(method, dealt, work, steps)) for i, dealt in enumerate(rounds[:-1], 1) if i >= seen]
+        missed = [Round(i, _shares(method, dealt, one, steps)) for i, dealt in enumerate(rounds[:-1], 1) if i >= seen]
         catch = CatchUp(seen - 1, tuple(missed))
     told = Instruction(
         len(rounds),
@@ -140,10 +141,10 @@ def headers(
 
 
 def _shares(
-    method: Built, dealt: Dealt, work: Callable[[Sequence[Unit]], Step | None], steps: int
+    method: Built, dealt: Dealt, one: Work, steps: int
 ) -> tuple[Share, ...]:
     own = tuple(
-        Share(2**62 + i, (), 1.0, 100, _values(_dense(work(mine))), _trace(work(mine), steps))
+        Share(2**62 + i, (), 1.0, 100, _values(_dense(one(mine))), _trace(one(mine), steps))
         for i, mine in enumerate(_asked(dealt).values())
     )
     return own[:1] if method.seeds.shared else own

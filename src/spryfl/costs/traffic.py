@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from spryfl import assign, wire
+from spryfl.choices import Built
 from spryfl.costs.passes import Step
 from spryfl.costs.shapes import size
-from spryfl.methods import Built
 from spryfl.types import Instruction, Unit, Update
 
 ACCOUNT = 16  # bytes: seconds and peak memory, in every answer
