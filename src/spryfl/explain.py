@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from spryfl import train
-from spryfl.costs import DRAW, Costs, Shapes, shapes
 from spryfl.choices import EXCHANGES, HEADS, REGISTRIES, SHARING, Method, builder
+from spryfl.costs import DRAW, Costs, Shapes, shapes
 from spryfl.methods import named
 from spryfl.types import Passes
 
@@ -43,7 +43,7 @@ def said(value: Any) -> str:
 
 def _does(make: Any, options: Mapping[str, Any]) -> str:
     """The first line of a builder's text; where that is no formula, its file's lines for it and its options too."""
-    first = (inspect.getdoc(make) or getattr(make, "__name__", str(make))).splitlines()[0]
+    first = (inspect.getdoc(make) or str(make)).splitlines()[0]
     block = re.search(r"(?:^ {4}.*\n)+", inspect.getdoc(inspect.getmodule(make)) or "", re.MULTILINE)
     if "=" in first or not block:
         return first
@@ -138,7 +138,7 @@ def changed(name: str, changes: Sequence[str]) -> Method:
 
 def sized(model: str, numbers: dict[str, int | None], tokens: int, batch: int, labels: int, rank: int) -> Shapes:
     """Shapes from numbers, RoBERTa-Large's where none is given, or from the configuration of a model."""
-    own = {name: value for name, value in numbers.items() if value is not None}
+    own: dict[str, Any] = {name: value for name, value in numbers.items() if value is not None}
     if not model:
         return shapes(**own, tokens=tokens, batch=batch, labels=labels, rank=rank)
     if own:

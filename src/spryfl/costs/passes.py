@@ -134,7 +134,9 @@ def _two_block(
         below = Passes(each * p1 + (1 if base or own else 0))
         above = Passes(each * (crossing + own) + base)
     drawn = _drawn((p1, blocks[0]), (p1 * p2 if joint else p2, blocks[1]))
-    return Step(below, above, _blocks(shapes, top), scheme == "jvp" and p1 > 0, (), drawn, sure=not (budget and p1 and p2))
+    return Step(
+        below, above, _blocks(shapes, top), scheme == "jvp" and p1 > 0, (), drawn, sure=not (budget and p1 and p2)
+    )
 
 
 def _within(

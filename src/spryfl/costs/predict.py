@@ -140,9 +140,7 @@ def headers(
     return Traffic(traffic.header(told), traffic.header(done))
 
 
-def _shares(
-    method: Built, dealt: Dealt, one: Work, steps: int
-) -> tuple[Share, ...]:
+def _shares(method: Built, dealt: Dealt, one: Work, steps: int) -> tuple[Share, ...]:
     own = tuple(
         Share(2**62 + i, (), 1.0, 100, _values(_dense(one(mine))), _trace(one(mine), steps))
         for i, mine in enumerate(_asked(dealt).values())
