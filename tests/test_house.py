@@ -21,8 +21,8 @@ RANKS: list[list[str]] = [
     ["tree", "noise", "wire", "jvp", "hub"],
     ["data"],
     ["estimators", "assign", "optimizers", "aggregate", "partition", "adapters", "tasks", "costs"],
-    ["hooks", "methods"],
-    ["loss"],
+    ["hooks", "methods", "trace"],
+    ["loss", "ledger"],
     ["models", "config", "journal"],
     ["client", "server"],
     ["train"],
@@ -33,7 +33,7 @@ RANKS: list[list[str]] = [
     ["compare"],
     ["cli"],
 ]
-PACKAGES = ("jvp", "data", "estimators", "engines")  # a folder is one place: its files may import each other downwards
+PACKAGES = ("jvp", "data", "estimators", "engines", "tasks")  # a folder is one place: files import each other downwards
 HUGGING_FACE = {"transformers", "peft", "datasets", "tokenizers", "accelerate"}
 MAY_USE = {
     "transformers": {"adapters", "loss", "models"},

@@ -98,20 +98,20 @@ def head_modules(model: nn.Module) -> tuple[str, ...]:
     return tuple(n for n, child in children if n != model.base_model_prefix and any(True for _ in child.parameters()))
 
 
-def wrap(model: nn.Module, adapter: Adapter) -> Adapted:
-    """Puts a new adapter on a model.
+def wrap(model: nn.Module, adapter: Adapter, head: bool = True) -> Adapted:
+    """Puts a new adapter on a model; without `head` what it has outside its trunk stays as it is.
 
     Raises:
         ValueError: a target module or a layer is not there; it lists the linear layers that are.
     """
-    config = _filled(adapter(head_modules(model)), model)
+    config = _filled(adapter(head_modules(model) if head else ()), model)
     try:
         with _quiet():
             module = get_peft_model(model, config)
     except ValueError as error:
         raise ValueError(_no_target(model, config, error)) from error
     _check_used(module, config)
-    return adapted(module)
+    return _trained(adapted(module))
 
 
 def load(model: nn.Module, folder: str) -> Adapted:
@@ -132,7 +132,12 @@ def load(model: nn.Module, folder: str) -> Adapted:
 
 def adapted(module: PeftModel) -> Adapted:
     """Lists what is trainable in a PEFT model, and freezes the module: values are passed in by name from here on."""
-    trainable = {n: p for n, p in module.named_parameters() if p.requires_grad and ".original_module." not in n}
+    frozen = _frozen_head(module)
+    trainable = {
+        n: p
+        for n, p in module.named_parameters()
+        if p.requires_grad and ".original_module." not in n and not n.startswith(frozen)
+    }
     for config in module.peft_config.values():
         _in_order(config)
     params = {name: value.detach().float().clone() for name, value in trainable.items()}
@@ -146,6 +151,22 @@ def adapted(module: PeftModel) -> Adapted:
         for (unit, is_head), names in groups.items()
     )
     return Adapted(module.eval(), params, tuple(units))
+
+
+def _frozen_head(module: PeftModel) -> tuple[str, ...]:
+    """Beginnings of the names of a head that is not trained: PEFT would train its biases with the trunk's."""
+    saved = {name for config in module.peft_config.values() for name in getattr(config, "modules_to_save", None) or ()}
+    base = module.get_base_model()
+    return tuple(f"base_model.model.{name}." for name in head_modules(base) if name not in saved)
+
+
+def _trained(made: Adapted) -> Adapted:
+    if not made.params:
+        raise ValueError(
+            f"nothing of {type(made.module.get_base_model()).__name__} is left to train: the adapter brings no values, "
+            f"and this task keeps the pretrained head. Use an adapter with values of its own, such as lora."
+        )
+    return made
 
 
 def _in_order(config: PeftConfig) -> None:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import tomli_w
 import torch
 
-from spryfl import config, job, journal, models, report
+from spryfl import config, job, journal, models, report, tasks
 from spryfl.config import Experiment
 from spryfl.job import Job
 from spryfl.journal import Journal
@@ -32,7 +32,7 @@ from spryfl.types import ServerState
 FILE = "compare.toml"
 BUDGET = {"rounds": "rounds", "passes": "max_passes", "megabytes": "max_megabytes", "seconds": "max_seconds"}
 # What all runs have in common, or there is nothing to compare.
-_SAME = ("schema", "name", "seed", "device", "threads", "data", "partition", "compare")
+_SAME = ("schema", "name", "seed", "device", "threads", "data", "partition", "task", "compare")
 _LABEL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 
 
@@ -157,6 +157,11 @@ def _experiment(
     except ValueError as error:
         hint = f'\n    A label of your own says which row it is: [compare.changes.{label}] method.name = "spry".'
         raise ValueError(f"compare, {label}: {error}{hint if own['method'].get('name') == label else ''}") from None
+
+
+def metric(comparison: Comparison) -> str:
+    """The name of the number by which models are compared."""
+    return tasks.build(next(iter(comparison.runs.values())).task).metric
 
 
 def create(comparison: Comparison, out: Path) -> None:

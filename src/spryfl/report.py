@@ -49,12 +49,9 @@ def read(folder: Path) -> Run:
         raise ValueError(f"a file of {folder} is damaged: {error}.") from None
 
 
-METRIC = "accuracy"
-
-
 def metric(run: Run) -> str:
-    """The name of a run's primary metric in its records."""
-    return METRIC
+    """The name of the number by which the run's models are compared."""
+    return run.facts.get("metric", "accuracy")
 
 
 def scored(run: Run) -> list[Record]:
