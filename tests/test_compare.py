@@ -243,7 +243,7 @@ class TestBudget:
         return [report.read(tmp_path / "all" / name) for name in RUNS[:2]]
 
     @pytest.mark.parametrize(
-        ("key", "limit"), [("passes", 30), ("megabytes", 0.25), ("seconds", 0.5)], ids=["passes", "bytes", "seconds"]
+        ("key", "limit"), [("passes", 30), ("megabytes", 0.1), ("seconds", 0.5)], ids=["passes", "bytes", "seconds"]
     )
     def test_runs_end_with_the_round_that_reaches_it_and_are_evaluated(self, key, limit, given, tmp_path, monkeypatch):
         ticks = itertools.count()
