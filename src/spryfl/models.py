@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,8 +76,23 @@ def load(
     auto = getattr(transformers, task.auto)
     with seeded(seed), _silent(), _explained(name, task.auto):
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
-        model = auto.from_pretrained(where, ignore_mismatched_sizes=True, **names, **chosen, **options)
+        model, loaded = auto.from_pretrained(
+            where, ignore_mismatched_sizes=True, output_loading_info=True, **names, **chosen, **options
+        )
+    if not task.head:
+        _warn_of_random(name, model, loaded["missing_keys"])
     return settled(model, tokenizer), tokenizer
+
+
+def _warn_of_random(name: str, model: Any, missing: Iterable[str]) -> None:
+    """A head that is not trained should have been, before."""
+    random = sorted(key for key in missing if not key.startswith(f"{model.base_model_prefix}."))
+    if random:
+        warnings.warn(
+            f'model "{name}" was saved without its language-model head: {", ".join(random[:3])} and so on start at '
+            f"random, and this task does not train them. Use a model that was pretrained with that head.",
+            stacklevel=3,
+        )
 
 
 def _outputs(names: tuple[str, ...]) -> dict[str, Any]:
