@@ -19,7 +19,7 @@ from torch import Tensor
 
 from spryfl.data.columns import Needs
 from spryfl.data.examples import Examples
-from spryfl.tasks.record import AT, Rows, Task
+from spryfl.tasks.record import AT, Rows, Task, wide
 from spryfl.types import Batch
 
 NEXT = "labels_next"  # (sequences, length) the token that follows
@@ -101,7 +101,7 @@ def _shifted(prompt: list[int], learnt: list[int]) -> dict[str, Any]:
 
 def _losses(output: Any, batch: Batch) -> Tensor:
     """- log p of each learnt token, (tokens,)."""
-    return F.cross_entropy(output.logits.float(), batch[NEXT][batch[AT] > 0], reduction="none")
+    return F.cross_entropy(wide(output.logits), batch[NEXT][batch[AT] > 0], reduction="none")
 
 
 def _tokens(batch: Batch) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 from spryfl.data.columns import Needs
 from spryfl.data.examples import Examples
 from spryfl.tasks.classification import accuracy, best
-from spryfl.tasks.record import OF, TARGETS, Rows, Task
+from spryfl.tasks.record import OF, TARGETS, Rows, Task, wide
 from spryfl.types import Batch
 
 FAR = -1e9  # the score of a choice that a row does not have
@@ -99,7 +99,7 @@ def _encode(tokenizer: Any, examples: Examples, max_length: int, choices: Sequen
 
 
 def _scores(output: Any) -> Tensor:
-    return output.logits.float().squeeze(-1)
+    return wide(output.logits).squeeze(-1)
 
 
 def by_row(scores: Tensor, batch: Batch) -> Tensor:

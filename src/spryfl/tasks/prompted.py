@@ -32,7 +32,7 @@ from spryfl.tasks.multiple_choice import (
     say_choice,
     softmaxed,
 )
-from spryfl.tasks.record import AT, TARGETS, Rows, Task
+from spryfl.tasks.record import AT, TARGETS, Rows, Task, wide
 from spryfl.tasks.template import MASK, Template, parsed
 from spryfl.types import Batch
 
@@ -113,7 +113,7 @@ def _task(template: Template) -> Task:
 
 def scores(output: Any, batch: Batch) -> Tensor:
     """The words' scores, (rows, most words), in float32; `output.logits` is (wanted places, vocabulary)."""
-    logits = output.logits.float()
+    logits = wide(output.logits)
     if WORDS in batch:
         words = batch[WORDS]
         return logits.gather(1, words.clamp(min=0)).masked_fill(words < 0, FAR)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from spryfl.data.columns import Needs
 from spryfl.data.examples import Examples
-from spryfl.tasks.record import OF, Rows, Task
+from spryfl.tasks.record import OF, Rows, Task, wide
 from spryfl.types import Batch
 
 FAR = -1e9  # the logit of a place that cannot be
@@ -198,7 +198,7 @@ def _possible(output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Start and end logits over context and null place, (windows, length): padding and question cannot be answers."""
     places = torch.arange(batch[CONTEXT].shape[1], device=batch[CONTEXT].device)
     out = ~((batch[CONTEXT] > 0) | (places == batch[NULL].unsqueeze(1)))
-    return output.start_logits.float().masked_fill(out, FAR), output.end_logits.float().masked_fill(out, FAR)
+    return wide(output.start_logits).masked_fill(out, FAR), wide(output.end_logits).masked_fill(out, FAR)
 
 
 def _loss(output: Any, batch: Batch) -> Tensor:
