@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from spryfl import data as source
-from spryfl import job, models, noise, tasks
+from spryfl import job, models, noise, server, tasks
 from spryfl.adapters import ADAPTERS
 from spryfl.config import Experiment, parse
 from spryfl.job import History, Job
@@ -132,12 +132,12 @@ def prepared(
 
 def _history(made: Job, folder: Path | None, on_record: Callable[[dict[str, Any]], None]) -> History:
     opened, state, progress = job.begin(made, folder)
-    records, final = [], state
+    records, final = [], server.served(state)
     with job.cancelling(opened):
         for record, latest in job.run(made, opened, state, progress):
             records.append(record)
-            final = latest
+            final = server.served(latest)
             on_record(record)
     if not made.plan.method.alone:
-        models.carry(made.model, final.params)
-    return History(records, final.params, made.model, folder)
+        models.carry(made.model, final)
+    return History(records, dict(final), made.model, folder)

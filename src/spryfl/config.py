@@ -27,6 +27,7 @@ from spryfl.tasks import build as build_task
 SCHEMA = 1
 _NAMING = ("kind", "name")  # a section that gives another one starts anew
 _PROSE = ("summary", "paper")  # of a method: said of it, not chosen
+_OWN_METHOD = ("estimator", "assignment", "local_optimizer", "server_optimizer")  # what one of one's own must choose
 _STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 _DEFAULT_METHOD = "spry"
 QUICKSTART = Path(__file__).with_name("quickstart.toml")  # what `spryfl run` does without arguments
@@ -85,6 +86,9 @@ class TrainSection(BaseModel):
     steps: int = Field(10, ge=0)  # local batches a round
     eval_every: int = Field(6, ge=1)  # rounds
     patience: int = Field(0, ge=0)  # stop after so many evaluations without a better one; 0 = never
+    max_passes: int = Field(0, ge=0)  # end with the round that reaches it: value + tangent + backward; 0 = no limit
+    max_megabytes: float = Field(0.0, ge=0)  # the same, up and down, 1e6 bytes
+    max_seconds: float = Field(0.0, ge=0)  # the same, of rounds and evaluations
     drop_clients: float = Field(0.0, ge=0, lt=1)  # simulated share of clients that do not answer
     dropout: bool = False  # the model's own dropout layers while training
     keep_prefix: float = Field(0.0, ge=0)  # MB of hidden states kept over a client's local epochs; batches then stay
@@ -259,10 +263,10 @@ def _typed(fields: dict[str, Any], given: Mapping[str, Any], where: str) -> dict
 def _method(given: Mapping[str, Any]) -> Method:
     """A row of the table with changes; a choice keeps the row's options unless it is given another kind.
 
-    Another name than a row's is a method of one's own if it makes every choice itself.
+    Another name than a row's is a method of one's own if it makes the main choices itself.
     """
     name = given["name"]
-    if not isinstance(name, str) or (name not in METHODS and not set(REGISTRIES) <= set(given)):
+    if not isinstance(name, str) or (name not in METHODS and not set(_OWN_METHOD) <= set(given)):
         near = _nearest(str(name), METHODS)
         raise ValueError(f'method "{name}" is unknown{near}. Possible: {", ".join(METHODS)}.')
     row = vars(METHODS.get(name) or Method(name))

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from spryfl import client, data, journal, methods, models, noise, partition, server, tasks, train
+from spryfl import client, data, journal, ledger, methods, models, noise, partition, server, tasks, train
 from spryfl.adapters import ADAPTERS
 from spryfl.config import Experiment
 from spryfl.engines.simulate import simulation
@@ -121,6 +121,7 @@ def prepare(experiment: Experiment, corpus: data.Corpus, model: Model) -> Job:
         cohort=min(t.cohort, clients),
         eval_every=t.eval_every,
         patience=t.patience,
+        limits=train.Limits(t.max_passes, t.max_megabytes, t.max_seconds),
         metric=model.task.metric,
     )
     return Job(experiment, corpus, model, rows, test, parts, held, plan, steps)
@@ -147,7 +148,7 @@ def local(job: Job) -> Callable[[int], client.Local]:
             yield tasks.collate(job.rows, chosen, model.device)
 
     return lambda i: client.Local(
-        bind=lambda fixed: models.loss_fn(model, fixed, t.dropout, int(t.keep_prefix * 1e6)),
+        bind=lambda fixed, guide: models.loss_fn(model, fixed, guide, t.dropout, int(t.keep_prefix * 1e6)),
         batches=lambda seed: batches(job.parts[i], seed),
         examples=len(job.parts[i]),
         held_out=lambda: scoring(job.rows, job.held[i], model),
@@ -192,10 +193,12 @@ def own_models(job: Job, params: Params) -> list[Params]:
     return [server.personal(params, i, job.plan.method) for i in range(job.plan.clients)]
 
 
-def exchange(job: Job) -> train.Exchange:
-    """The exchange in this process."""
+def exchange(job: Job, state: ServerState) -> train.Exchange:
+    """The exchange in this process, from a state on."""
     drop = train.lost(job.experiment.seed, job.experiment.train.drop_clients)
-    return simulation(job.plan.method, local(job), drop)
+    return simulation(
+        job.plan.method, local(job), drop, train.head(job.plan), ledger.held_by_all(state, job.plan.method)
+    )
 
 
 def begin(job: Job, folder: Path | None) -> tuple[Journal | None, ServerState, Progress]:
@@ -225,10 +228,10 @@ def run(
         return
     final = state
     note(opened, state="running")
-    for record, final in train.train(job.plan, state, progress, exchange(job), evaluate(job), opened):
+    for record, final in train.train(job.plan, state, progress, exchange(job, state), evaluate(job), opened):
         yield record, final
     if opened:
-        export(job, final.params, opened.folder / "adapter")
+        export(job, server.served(final), opened.folder / "adapter")
         note(opened, state="complete", ended=_now())
 
 

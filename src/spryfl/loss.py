@@ -60,13 +60,16 @@ class ModelLoss:
     fixed: Params
     dropout: bool = False  # off: seeds are ignored and every call is in evaluation mode
     prefix: Prefix = field(default_factory=Prefix)
+    guide: Params = field(default_factory=dict)  # the last aggregated pseudo-gradient, or empty
     task: Task = field(default_factory=tasks.classification)
 
     def __call__(self, params: Params, batch: Batch, seed: int | None = None) -> Tensor:
         with self._masks(seed):
             return self.task.loss(self.output(params, batch), batch)
 
-    def cut(self, batch: Batch, seed: int | None = None) -> Cut:
+    def cut(self, batch: Batch, seed: int | None = None, top: int = 0) -> Cut:
+        if top:
+            raise ValueError(f"top = {top}: a cut below blocks is not offered; 0 cuts before the head.")
         trunk = self._trunk[1]
         layout: list[Any] = []
 
@@ -84,7 +87,7 @@ class ModelLoss:
             with self._masks(None if seed is None else seed + 1), answering([trunk], output):
                 return self.task.loss(self.output(params, batch), batch)
 
-        return Cut(features, head)
+        return Cut(features, head, self.head)
 
     def checkpointed(self, params: Params, batch: Batch, seed: int | None = None) -> Tensor:
         with checkpointing(self._recomputed):

@@ -168,10 +168,12 @@ def usable(device: str) -> torch.device:
         raise ValueError(f'device = "{device}" cannot be used here: {_first(error)} Possible: {possible}.') from error
 
 
-def loss_fn(model: Model, fixed: Params, dropout: bool = False, keep: int = 0) -> ModelLoss:
+def loss_fn(
+    model: Model, fixed: Params, guide: Params | None = None, dropout: bool = False, keep: int = 0
+) -> ModelLoss:
     """The model's loss as a function of all trainable values but `fixed`; `keep` bytes for a prefix."""
     head = frozenset(name for unit in model.units if unit.head for name in unit.params)
-    return ModelLoss(model.module, head, fixed, dropout, Prefix(keep), model.task)
+    return ModelLoss(model.module, head, fixed, dropout, Prefix(keep), guide or {}, model.task)
 
 
 def logits(model: Model, params: Params, batch: Batch) -> Tensor:
