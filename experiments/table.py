@@ -15,7 +15,7 @@ HEAD = (
     "seeds",
     "state",
     "rounds",
-    "accuracy",
+    "metric",
     "each",
     "MB up",
     "MB down",
@@ -32,7 +32,7 @@ def spread(values: list[float], digits: int = 4) -> str:
 def row(folder: Path, name: str) -> str:
     runs = [report.read(path) for path in sorted(folder.glob(f"{name}-[0-9]*")) if (path / "records.jsonl").is_file()]
     last = [run.records[-1] for run in runs]
-    final = [report.scored(run)[-1]["accuracy"] for run in runs]
+    final = [report.scored(run)[-1][report.metric(run)] for run in runs]
     cells = [
         name,
         " ".join(path.name.rpartition("-")[2] for path in sorted(folder.glob(f"{name}-[0-9]*"))),
