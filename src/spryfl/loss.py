@@ -138,6 +138,8 @@ class ModelLoss:
             return
         places = (at.flatten() > 0).nonzero().flatten()
         head = self.module.get_base_model().get_output_embeddings()  # type: ignore[operator]
+        if head is None:
+            raise ValueError(f"{type(self.module.get_base_model()).__name__} has no map to a vocabulary.")  # type: ignore[operator]
         handle = head.register_forward_pre_hook(
             lambda module, args: (args[0].flatten(0, 1).index_select(0, places), *args[1:])
         )
