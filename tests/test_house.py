@@ -31,7 +31,7 @@ RANKS: list[list[str]] = [
     ["api", "report", "screen"],
     ["cli"],
 ]
-PACKAGES = ("jvp", "data", "estimators", "engines")  # a folder is one place: its files may import each other downwards
+PACKAGES = ("jvp", "data", "estimators", "engines", "adapters")  # a folder is one place: its files may import each other downwards
 HUGGING_FACE = {"transformers", "peft", "datasets", "tokenizers", "accelerate"}
 MAY_USE = {
     "transformers": {"adapters", "loss", "models"},
