@@ -21,8 +21,8 @@ RANKS: list[list[str]] = [
     ["tree", "noise", "wire", "jvp", "hub"],
     ["data"],
     ["estimators", "assign", "optimizers", "aggregate", "partition", "adapters", "tasks", "costs"],
-    ["hooks", "methods"],
-    ["loss"],
+    ["hooks", "methods", "trace"],
+    ["loss", "ledger"],
     ["models", "config", "journal"],
     ["client", "server"],
     ["train"],
@@ -31,7 +31,8 @@ RANKS: list[list[str]] = [
     ["api", "report", "screen"],
     ["cli"],
 ]
-PACKAGES = ("jvp", "data", "estimators", "engines", "adapters")  # a folder is one place: its files may import each other downwards
+# A folder is one place: files import each other downwards.
+PACKAGES = ("jvp", "data", "estimators", "engines", "tasks", "adapters")
 HUGGING_FACE = {"transformers", "peft", "datasets", "tokenizers", "accelerate"}
 MAY_USE = {
     "transformers": {"adapters", "loss", "models"},

@@ -12,8 +12,8 @@ class Toy:
 
     head = frozenset({"head.weight", "head.bias"})
 
-    def __init__(self, fixed=None):
-        self.fixed = fixed or {}
+    def __init__(self, fixed=None, guide=None):
+        self.fixed, self.guide = fixed or {}, guide or {}
 
     def _trunk(self, params, batch):
         p = {**self.fixed, **params}
@@ -27,8 +27,8 @@ class Toy:
     def __call__(self, params, batch, seed=None):
         return self._head(params, self._trunk(params, batch), batch)
 
-    def cut(self, batch, seed=None):
-        return Cut(lambda p: self._trunk(p, batch), lambda p, f: self._head(p, f, batch))
+    def cut(self, batch, seed=None, top=0):
+        return Cut(lambda p: self._trunk(p, batch), lambda p, f: self._head(p, f, batch), self.head)
 
     def checkpointed(self, params, batch, seed=None):
         return torch.utils.checkpoint.checkpoint(lambda: self(params, batch, seed), use_reentrant=False)

@@ -22,7 +22,7 @@ print(report.scored(report.read(Path(sys.argv[1])))[-1]["accuracy"])' "$1"; }
 tried=""
 for lr in "$@"; do
   run="$out/$name-lr$lr-$seed"
-  spryfl run --config experiments/adapters/adapters.toml --seed "$seed" --set "adapter={${adapters[$name]}}" \
+  [ -d "$run/adapter" ] || spryfl run --config experiments/adapters/adapters.toml --seed "$seed" --set "adapter={${adapters[$name]}}" \
     --set method.local_optimizer.lr="$lr" --name "$name-lr$lr-$seed" --out "$out" | tee "$out/$name-lr$lr-$seed.log"
   reached=$(accuracy "$run")
   tried="$tried $lr:$reached"

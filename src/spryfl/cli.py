@@ -189,25 +189,31 @@ def evaluate(
     device: Annotated[str, typer.Option(help="cpu, cuda, mps ...")] = "cpu",
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
 ) -> None:
-    """Accuracy of a run or an adapter on any labelled file."""
-    from spryfl import data, job, models, tasks
+    """What a run or an adapter reaches on any file of its task: accuracy, or the task's other numbers, and the loss."""
+    from spryfl import data, job, models
 
     folder, card = _adapter(what)
-    examples = data.read_labelled(file, tuple(card["labels"]), text=text, pair=pair, label=label)
     model = models.open_adapter(folder, trust_remote_code, device)
-    rows = tasks.encode(model.tokenizer, examples, card["max_length"])
-    right, count, total = models.score(model, model.params, job.scoring(rows, range(len(rows.labels)), model))
-    out.print(f"accuracy {right / count:.4f} ({right} of {count}), loss {total / count:.4f}; {rows.cut} texts were cut")
+    names = {"text": text, "pair": pair, "label": label}
+    examples = data.read_labelled(file, model.labels, **names, needs=model.task.needs)
+    rows = model.task.encode(model.tokenizer, examples, card["max_length"])
+    count = len(rows.labels)
+    metrics, loss = models.score(model, model.params, rows, job.scoring(rows, range(count), model))
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in {**metrics, "loss": loss}.items())
+    out.print(f"{shown} on {count} rows; {rows.cut} texts were cut")
 
 
 @app.command()
 def predict(
     what: Annotated[Path, typer.Argument(help="A run folder or an adapter folder.")],
     texts: Annotated[list[str] | None, typer.Argument(help="Texts; without any, lines of standard input.")] = None,
+    pair: Annotated[str | None, typer.Option(help="The second text of each: a context, a hypothesis.")] = None,
+    with_: Annotated[list[str] | None, typer.Option("--with", help="What else it reads: --with word=plant.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, mps ...")] = "cpu",
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
 ) -> None:
-    """Labels with their names and probabilities for lines of text."""
+    """The task's answer to lines of text: a class with all probabilities, a span of the context, a perplexity."""
+    from spryfl import config as settings
     from spryfl import models, tasks
     from spryfl.data.examples import Examples
 
@@ -216,13 +222,16 @@ def predict(
     if not lines:
         raise ValueError("no text to predict: give texts as arguments, or lines on standard input.")
     model = models.open_adapter(folder, trust_remote_code, device)
-    rows = tasks.encode(model.tokenizer, Examples(tuple(lines), None, (0,) * len(lines), None), card["max_length"])
+    given = {key: value for one in with_ or [] for key, value in settings.assignment(one).items()}
+    extra = {key: (value,) * len(lines) for key, value in given.items()}
+    pairs = None if pair is None else (pair,) * len(lines)
+    examples = Examples(tuple(lines), pairs, (0,) * len(lines), None, extra)
+    rows = model.task.encode(model.tokenizer, examples, card["max_length"])
     for start in range(0, len(lines), 64):
         chosen = range(start, min(start + 64, len(lines)))
-        answers = models.logits(model, model.params, tasks.collate(rows, chosen, model.device)).softmax(-1)
-        for i, shares in zip(chosen, answers.tolist(), strict=True):
-            best = sorted(zip(shares, model.labels, strict=True), reverse=True)
-            print("\t".join([best[0][1], " ".join(f"{name}={share:.3f}" for share, name in best), lines[i]]))
+        answers = models.answers(model, model.params, tasks.collate(rows, chosen, model.device))
+        for i, answer in zip(chosen, answers, strict=True):
+            print(f"{model.task.say(answer, rows.labels[i], model.labels)}\t{lines[i]}")
 
 
 def _go(experiment: Experiment, folder: Path, fresh: bool) -> None:
@@ -240,7 +249,7 @@ def _go(experiment: Experiment, folder: Path, fresh: bool) -> None:
     try:
         with job.cancelling(opened):
             _head(made, folder)
-        with job.cancelling(opened), Screen(out, made.plan.rounds) as screen:
+        with job.cancelling(opened), Screen(out, made.plan.rounds, made.plan.metric) as screen:
             for record, _ in job.run(made, opened, state, progress):
                 screen.show(record)
     except KeyboardInterrupt:
@@ -260,7 +269,8 @@ def _head(made: Job, folder: Path) -> None:
     _notes(made.corpus)
     rows, test = made.rows, made.test
     cut = f"; {rows.cut} and {test.cut} texts were cut at {e.data.max_length} tokens" if rows.cut + test.cut else ""
-    out.print(f"data    {len(rows.labels)} training rows, {len(test.labels)} test rows, {len(m.labels)} classes{cut}")
+    classes = f", {len(m.labels)} classes" if m.task.needs.label else ""
+    out.print(f"data    {len(rows.labels)} training rows, {len(test.labels)} test rows{classes}{cut}")
     units = sum(not u.head for u in m.units)
     out.print(f"model   {e.model.name}: {adapter} adapter values in {units} units, {head} in the head")
     down, up = (4 * values / 1e3 for values in train.predicted(made.plan))
@@ -282,9 +292,9 @@ def _tail(folder: Path) -> None:
 
     run_ = reports.read(folder)
     reports.curves([run_], folder / "curves.png")
-    first, last = reports.scored(run_)[0], reports.scored(run_)[-1]
+    name, (first, *_, last) = reports.metric(run_), reports.scored(run_) * 2
     out.print(
-        f"\naccuracy on the untouched test rows: {first['accuracy']:.4f} before, {last['accuracy']:.4f} after "
+        f"\n{name} on the untouched test rows: {first[name]:.4f} before, {last[name]:.4f} after "
         f"{run_.records[-1]['round']} rounds (best {last['best']:.4f} in round {last['best_round']})",
         soft_wrap=True,
     )

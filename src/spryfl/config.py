@@ -21,10 +21,13 @@ from spryfl import methods
 from spryfl.adapters import ADAPTERS
 from spryfl.methods import METHODS, REGISTRIES, Method
 from spryfl.partition import PARTITIONS
+from spryfl.tasks import TASKS, Task
+from spryfl.tasks import build as build_task
 
 SCHEMA = 1
 _NAMING = ("kind", "name")  # a section that gives another one starts anew
 _PROSE = ("summary", "paper")  # of a method: said of it, not chosen
+_OWN_METHOD = ("estimator", "assignment", "local_optimizer", "server_optimizer")  # what one of one's own must choose
 _STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 _DEFAULT_METHOD = "spry"
 QUICKSTART = Path(__file__).with_name("quickstart.toml")  # what `spryfl run` does without arguments
@@ -83,6 +86,9 @@ class TrainSection(BaseModel):
     steps: int = Field(10, ge=0)  # local batches a round
     eval_every: int = Field(6, ge=1)  # rounds
     patience: int = Field(0, ge=0)  # stop after so many evaluations without a better one; 0 = never
+    max_passes: int = Field(0, ge=0)  # end with the round that reaches it: value + tangent + backward; 0 = no limit
+    max_megabytes: float = Field(0.0, ge=0)  # the same, up and down, 1e6 bytes
+    max_seconds: float = Field(0.0, ge=0)  # the same, of rounds and evaluations
     drop_clients: float = Field(0.0, ge=0, lt=1)  # simulated share of clients that do not answer
     dropout: bool = False  # the model's own dropout layers while training
     keep_prefix: float = Field(0.0, ge=0)  # MB of hidden states kept over a client's local epochs; batches then stay
@@ -102,6 +108,7 @@ class Experiment(BaseModel):
     device: str = "cpu"
     threads: int = Field(0, ge=0)  # 0 = PyTorch's choice
     model: ModelSection = ModelSection()
+    task: dict[str, Any] = {"kind": "classification"}
     data: DataSection = DataSection()
     partition: PartitionSection = PartitionSection()
     adapter: dict[str, Any] = {"kind": "lora"}
@@ -125,9 +132,9 @@ class Experiment(BaseModel):
             raise ValueError(f"method = {value!r}: give a section or a name, one of: {', '.join(METHODS)}.")
         return _method({"name": _DEFAULT_METHOD, **value})
 
-    @field_validator("adapter", mode="before")
+    @field_validator("adapter", "task", mode="before")
     @classmethod
-    def _full_adapter(cls, value: Any) -> Any:
+    def _full_choice(cls, value: Any) -> Any:
         return _spelled("adapter", value)
 
     @model_validator(mode="after")
@@ -138,14 +145,15 @@ class Experiment(BaseModel):
                 f'[adapter] has no effect with model.adapter = "{self.model.adapter}": that one is loaded as it is. '
                 f"Remove one of them."
             )
-        kind = {"kind": "natural" if self.data.name == "docstrings" or self.data.group else "dirichlet"}
-        if kind["kind"] == "dirichlet":
-            kind["alpha"] = 1.0  # type: ignore[assignment]
-        split = resolve("partition.split", PARTITIONS, self.partition.split or kind)
+        task = resolve("task", TASKS, self.task)
+        made = build_task(task)
+        split = resolve("partition.split", PARTITIONS, self.partition.split or _usual_split(self.data, made))
         _consistent(self)
+        _fitting(self, made, split)
         train = _settled(self)
         name = self.name or f"{self.method.name}-{Path(self.data.name).stem}"
         # The record is frozen for its users; here it is still being made.
+        object.__setattr__(self, "task", task)
         object.__setattr__(self, "adapter", adapter)
         object.__setattr__(self, "partition", self.partition.model_copy(update={"split": split}))
         object.__setattr__(self, "train", train)
@@ -160,6 +168,7 @@ class Experiment(BaseModel):
     def as_dict(self) -> dict[str, Any]:
         """Everything resolved, as plain values."""
         out = self.model_dump(by_alias=True, exclude={"method"})
+        out["task"] = _named(self.task)
         out["method"] = {key: _named(value) for key, value in asdict(self.method).items() if key not in _PROSE}
         return out
 
@@ -254,10 +263,10 @@ def _typed(fields: dict[str, Any], given: Mapping[str, Any], where: str) -> dict
 def _method(given: Mapping[str, Any]) -> Method:
     """A row of the table with changes; a choice keeps the row's options unless it is given another kind.
 
-    Another name than a row's is a method of one's own if it makes every choice itself.
+    Another name than a row's is a method of one's own if it makes the main choices itself.
     """
     name = given["name"]
-    if not isinstance(name, str) or (name not in METHODS and not set(REGISTRIES) <= set(given)):
+    if not isinstance(name, str) or (name not in METHODS and not set(_OWN_METHOD) <= set(given)):
         near = _nearest(str(name), METHODS)
         raise ValueError(f'method "{name}" is unknown{near}. Possible: {", ".join(METHODS)}.')
     row = vars(METHODS.get(name) or Method(name))
@@ -304,6 +313,30 @@ def _consistent(experiment: Experiment) -> None:
         raise ValueError('method.head = "split" with assignment "nobody" leaves nothing to train. Use head = "shared".')
     if experiment.data.test and experiment.data.test_share != DataSection.model_fields["test_share"].default:
         raise ValueError("data.test_share has no effect with data.test (a file of test rows). Remove one.")
+
+
+def _usual_split(data: DataSection, task: Task) -> dict[str, Any]:
+    """The partition where none is given: by groups, else unevenly by classes, else evenly."""
+    if data.name == "docstrings" or data.group:
+        return {"kind": "natural"}
+    return {"kind": "dirichlet", "alpha": 1.0} if task.needs.label else {"kind": "iid"}
+
+
+def _fitting(experiment: Experiment, task: Task, split: Mapping[str, Any]) -> None:
+    """What a task's rows or head cannot give."""
+    kind = experiment.task["kind"]
+    if split["kind"] == "dirichlet" and not task.needs.label:
+        raise ValueError(
+            f'partition.split.kind = "dirichlet" has no effect with task "{kind}": its rows have no classes. '
+            f'Use "iid", or "natural" with data.group.'
+        )
+    if experiment.data.label and not task.needs.label:
+        raise ValueError(f'data.label has no effect with task "{kind}": its rows have no classes. Remove it.')
+    if experiment.method.assignment["kind"] == "nobody" and not task.head:
+        raise ValueError(
+            f'method.assignment "nobody" trains the head alone, and task "{kind}" keeps the pretrained head: nothing '
+            f"would be left to train. Use another assignment."
+        )
 
 
 def _settled(experiment: Experiment) -> TrainSection:

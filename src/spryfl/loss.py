@@ -22,6 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from spryfl import tasks
 from spryfl.hooks import Reached, answering, checkpointing, heard, masks
+from spryfl.tasks import Task
 from spryfl.types import Batch, Cut, Features, Params
 
 
@@ -59,18 +60,22 @@ class ModelLoss:
     fixed: Params
     dropout: bool = False  # off: seeds are ignored and every call is in evaluation mode
     prefix: Prefix = field(default_factory=Prefix)
+    guide: Params = field(default_factory=dict)  # the last aggregated pseudo-gradient, or empty
+    task: Task = field(default_factory=tasks.classification)
 
     def __call__(self, params: Params, batch: Batch, seed: int | None = None) -> Tensor:
         with self._masks(seed):
-            return tasks.loss(self.logits(params, batch), batch)
+            return self.task.loss(self.output(params, batch), batch)
 
-    def cut(self, batch: Batch, seed: int | None = None) -> Cut:
+    def cut(self, batch: Batch, seed: int | None = None, top: int = 0) -> Cut:
+        if top:
+            raise ValueError(f"top = {top}: a cut below blocks is not offered; 0 cuts before the head.")
         trunk = self._trunk[1]
         layout: list[Any] = []
 
         def features(params: Params) -> Features:
             with self._masks(seed), heard(trunk, stop=True) as stopped, contextlib.suppress(Reached):
-                self.logits(params, batch)
+                self.output(params, batch)
             output = stopped.output
             layout[:] = [type(output), tuple(output.keys())]  # its shape only: the values may be large
             return tuple(output.values())
@@ -80,19 +85,35 @@ class ModelLoss:
             output = kind(**dict(zip(keys, given, strict=True)))
             # The head has a seed of its own: its masks need not be those the trunk used up.
             with self._masks(None if seed is None else seed + 1), answering([trunk], output):
-                return tasks.loss(self.logits(params, batch), batch)
+                return self.task.loss(self.output(params, batch), batch)
 
-        return Cut(features, head)
+        return Cut(features, head, self.head)
 
     def checkpointed(self, params: Params, batch: Batch, seed: int | None = None) -> Tensor:
         with checkpointing(self._recomputed):
             return self(params, batch, seed)
 
-    def logits(self, params: Params, batch: Batch) -> Tensor:
-        """The model's answers, (rows, labels)."""
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        with self._from_prefix(params, inputs):
-            return functional_call(self.module, {**self.fixed, **params}, (), inputs).logits
+    def output(self, params: Params, batch: Batch) -> Any:
+        """What the model answers to a batch: logits, or start and end logits, as its class has it."""
+        inputs = tasks.inputs(batch)
+        with self._from_prefix(params, inputs), self._wanted(batch.get(tasks.AT)):
+            return functional_call(self.module, {**self.fixed, **params}, (), inputs)
+
+    @contextlib.contextmanager
+    def _wanted(self, at: Tensor | None) -> Iterator[None]:
+        """Logits over the vocabulary where `at` is 1 alone, (wanted, vocabulary): of all tokens they fill memory."""
+        if at is None:
+            yield
+            return
+        places = (at.flatten() > 0).nonzero().flatten()
+        head = self.module.get_base_model().get_output_embeddings()  # type: ignore[operator]
+        handle = head.register_forward_pre_hook(
+            lambda module, args: (args[0].flatten(0, 1).index_select(0, places), *args[1:])
+        )
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def _masks(self, seed: int | None) -> contextlib.AbstractContextManager[None]:
         return masks(self.module, seed if self.dropout else None)

@@ -52,12 +52,18 @@ def read(folder: Path) -> Run:
 
 def scored(run: Run) -> list[Record]:
     """The records at which the test rows were scored."""
-    return [record for record in run.records if "accuracy" in record]
+    return [record for record in run.records if metric(run) in record]
+
+
+def metric(run: Run) -> str:
+    """The name of the number by which the run's models are compared."""
+    return run.facts.get("metric", "accuracy")
 
 
 def rows(runs: Sequence[Run]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """A table of runs: its head, and a row each."""
-    head = ("run", "state", "round", "accuracy", "best", "personal", "MB up", "MB down", "passes", "peak MB", "seconds")
+    names = ", ".join(dict.fromkeys(metric(run) for run in runs))
+    head = ("run", "state", "round", names, "best", "personal", "MB up", "MB down", "passes", "peak MB", "seconds")
     return head, [_row(run) for run in runs]
 
 
@@ -72,7 +78,7 @@ def _row(run: Run) -> tuple[str, ...]:
         run.name,
         run.facts["state"],
         str(last["round"]),
-        f"{at['accuracy']:.4f}",
+        f"{at[metric(run)]:.4f}",
         f"{last['best']:.4f}",
         f"{personal[-1]:.4f}" if personal else "-",
         f"{last['bytes_up'] / 1e6:.2f}",
@@ -93,15 +99,15 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, ...]]:
 
 
 def curves(runs: Sequence[Run], path: Path) -> None:
-    """Accuracy on the test rows and training loss, against rounds, bytes and seconds."""
+    """The metric on the test rows and training loss, against rounds, bytes and seconds."""
     figure = Figure(figsize=(11, 6), layout="constrained")
     grid = figure.subplots(2, len(_AXES), sharey="row")
     for column, (title, along) in enumerate(_AXES):
         for run in runs:
-            _line(grid[0][column], run.name, along, scored(run), "accuracy")
+            _line(grid[0][column], run.name, along, scored(run), metric(run))
             _line(grid[1][column], run.name, along, [r for r in run.records if r.get("loss") is not None], "loss")
         grid[1][column].set_xlabel(title)
-    grid[0][0].set_ylabel("accuracy on the test rows")
+    grid[0][0].set_ylabel(f"{', '.join(dict.fromkeys(metric(run) for run in runs))} on the test rows")
     grid[1][0].set_ylabel("training loss")
     grid[0][0].legend(frameon=False)
     figure.savefig(path, dpi=110)

@@ -8,14 +8,15 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-_COLUMNS = ("round", "loss", "accuracy", "MB up", "MB down", "peak MB", "seconds", "left")
+_COLUMNS = ("round", "loss", "{metric}", "MB up", "MB down", "peak MB", "seconds", "left")
 
 
 class Screen:
     """Use as a context: `show(record)` after each round."""
 
-    def __init__(self, console: Console, rounds: int) -> None:
-        self._console, self._rounds = console, rounds
+    def __init__(self, console: Console, rounds: int, metric: str = "accuracy") -> None:
+        self._console, self._rounds, self._metric = console, rounds, metric
+        self._columns = [name.format(metric=metric) for name in _COLUMNS]
         self._rows: list[tuple[str, ...]] = []
         self._start: tuple[int, float] | None = None
         self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
@@ -24,7 +25,7 @@ class Screen:
         if self._live:
             self._live.__enter__()
         else:
-            self._console.print("  ".join(f"{name:>8}" for name in _COLUMNS), highlight=False)
+            self._console.print("  ".join(f"{name:>8}" for name in self._columns), highlight=False)
         return self
 
     def __exit__(self, *args: Any) -> None:
@@ -38,7 +39,7 @@ class Screen:
             self._console.print("  ".join(f"{cell:>8}" for cell in row), highlight=False, soft_wrap=True)
             return
         self._rows.append(row)
-        table = Table(*_COLUMNS, box=None, header_style="bold", pad_edge=False)
+        table = Table(*self._columns, box=None, header_style="bold", pad_edge=False)
         for shown in self._rows[-max(5, self._console.height - 12) :]:
             table.add_row(*shown)
         self._live.update(table, refresh=True)
@@ -46,12 +47,12 @@ class Screen:
     def _row(self, record: dict[str, Any]) -> tuple[str, ...]:
         if self._start is None:
             self._start = record["round"], record["seconds"]
-        loss, accuracy = record.get("loss"), record.get("accuracy")
+        loss, metric = record.get("loss"), record.get(self._metric)
         failed = f" -{len(record['failed'])}" if record.get("failed") else ""
         return (
             f"{record['round']}/{self._rounds}{failed}",
             "" if loss is None else f"{loss:.4f}",
-            "" if accuracy is None else f"{accuracy:.4f}",
+            "" if metric is None else f"{metric:.4f}",
             f"{record['bytes_up'] / 1e6:.2f}",
             f"{record['bytes_down'] / 1e6:.2f}",
             f"{record.get('peak_bytes', 0) / 1e6:.1f}",

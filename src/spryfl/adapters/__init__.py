@@ -33,8 +33,8 @@ from spryfl.adapters.families import (
     vb_lora,
     vera,
 )
-from spryfl.adapters.put import TRAINED, head_modules, load, save, wrap
-from spryfl.adapters.units import Adapted, adapted
+from spryfl.adapters.put import TRAINED, load, save, wrap
+from spryfl.adapters.units import Adapted, adapted, head_modules
 
 __all__ = [
     "ADAPTERS",

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from spryfl.adapters import core
 from spryfl.adapters.families import NOTHING, Adapter
-from spryfl.adapters.units import Adapted, adapted, own, state
+from spryfl.adapters.units import Adapted, adapted, head_modules, own, state
 
 TRAINED = "trained.safetensors"  # beside an adapter of which PEFT would train more
 # Where PEFT has no choice of its own: model type -> LoRA's targets (query and value), IA3's, its feed-forward ones.
@@ -29,20 +29,14 @@ _USUAL = {
 }
 
 
-def head_modules(model: nn.Module) -> tuple[str, ...]:
-    """Names of the direct children outside the trunk that hold values: what the task added to the language model."""
-    children = model.named_children()
-    return tuple(n for n, child in children if n != model.base_model_prefix and any(True for _ in child.parameters()))
-
-
-def wrap(model: nn.Module, adapter: Adapter) -> Adapted:
-    """Puts a new adapter on a model.
+def wrap(model: nn.Module, adapter: Adapter, head: bool = True) -> Adapted:
+    """Puts a new adapter on a model; without `head` what it has outside its trunk stays as it is.
 
     Raises:
         ValueError: a target module or a layer is not there, and it lists the linear layers that are; or the adapter's
             options do not fit the targets.
     """
-    config = _filled(adapter.config(head_modules(model)), model)
+    config = _filled(adapter.config(head_modules(model) if head else ()), model)
     try:
         with _quiet():
             module = get_peft_model(model, config)
@@ -50,7 +44,13 @@ def wrap(model: nn.Module, adapter: Adapter) -> Adapted:
         raise ValueError(_refused(model, config, error)) from error
     _check_used(module, config)
     adapter.finish(module)
-    return adapted(module)
+    made = adapted(module)
+    if not made.params:
+        raise ValueError(
+            f"nothing of {type(model).__name__} is left to train: the adapter brings no values, "
+            f"and this task keeps the pretrained head. Use an adapter with values of its own, such as lora."
+        )
+    return made
 
 
 def load(model: nn.Module, folder: str) -> Adapted:

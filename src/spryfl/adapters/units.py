@@ -29,10 +29,21 @@ class Adapted(NamedTuple):
     units: tuple[Unit, ...]
 
 
+def head_modules(model: nn.Module) -> tuple[str, ...]:
+    """Names of the direct children outside the trunk that hold values: what the task added to the language model."""
+    children = model.named_children()
+    return tuple(n for n, child in children if n != model.base_model_prefix and any(True for _ in child.parameters()))
+
+
 def adapted(module: PeftModel) -> Adapted:
     """Lists what is trainable in a PEFT model, and freezes the module: values are passed in by name from here on."""
     shared = _tied(module)
-    trainable = {n: p for n, p in module.named_parameters() if p.requires_grad and ".original_module." not in n}
+    frozen = _frozen_head(module)
+    trainable = {
+        n: p
+        for n, p in module.named_parameters()
+        if p.requires_grad and ".original_module." not in n and not n.startswith(frozen)
+    }
     for config in module.peft_config.values():
         _in_order(config)
     groups: dict[tuple[str, bool], list[str]] = {}
@@ -63,6 +74,13 @@ def state(module: PeftModel, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if isinstance(inner, Core):
             made[f"{path}.weight"] = inner.through(params.get(f"{path}.core", inner.core.detach()))
     return made
+
+
+def _frozen_head(module: PeftModel) -> tuple[str, ...]:
+    """Beginnings of the names of a head that is not trained: PEFT would train its biases with the trunk's."""
+    saved = {name for config in module.peft_config.values() for name in getattr(config, "modules_to_save", None) or ()}
+    base = module.get_base_model()
+    return tuple(f"{_TRUNK}{name}." for name in head_modules(base) if name not in saved)
 
 
 def _tied(module: PeftModel) -> dict[int, str]:

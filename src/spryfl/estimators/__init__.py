@@ -13,5 +13,6 @@ from spryfl.estimators.forward import forward
 from spryfl.types import Estimator
 
 ESTIMATORS: dict[str, Callable[..., Estimator]] = {"backprop": backprop, "forward": forward}
+DENSE = frozenset({"backprop"})  # keys of estimators without seeded terms: nothing in them could travel as scalars
 
-__all__ = ["ESTIMATORS", "backprop", "forward"]
+__all__ = ["DENSE", "ESTIMATORS", "backprop", "forward"]
