@@ -21,12 +21,13 @@ RANKS: list[list[str]] = [
     ["tree", "noise", "wire", "jvp", "hub"],
     ["data"],
     ["estimators", "assign", "optimizers", "aggregate", "partition", "adapters", "tasks", "costs"],
-    ["hooks", "methods", "trace"],
-    ["loss", "ledger"],
+    ["hooks", "choices", "trace"],
+    ["layout", "ledger", "methods"],
+    ["loss"],
     ["models", "config", "journal"],
     ["client", "server"],
     ["train"],
-    ["engines"],
+    ["engines", "testing"],
     ["job"],
     ["api", "report", "screen"],
     ["cli"],
@@ -35,7 +36,7 @@ RANKS: list[list[str]] = [
 PACKAGES = ("jvp", "data", "estimators", "engines", "tasks", "adapters")
 HUGGING_FACE = {"transformers", "peft", "datasets", "tokenizers", "accelerate"}
 MAY_USE = {
-    "transformers": {"adapters", "loss", "models"},
+    "transformers": {"adapters", "layout", "models"},
     "peft": {"adapters"},
     "datasets": {"data"},
     "matplotlib": {"report"},
@@ -118,7 +119,7 @@ def test_client_and_server_do_not_know_each_other():
 def test_a_device_needs_torch_alone():
     """client, server, train and the mathematics import with nothing of Hugging Face, pydantic or a plotting library."""
     hidden = [*sorted(HUGGING_FACE), "pydantic", "matplotlib", "typer", "rich", "pyarrow", "tomli_w"]
-    wanted = ["client", "server", "train", "estimators", "methods", "engines.simulate", "jvp"]
+    wanted = ["client", "server", "train", "estimators", "methods", "engines.simulate", "jvp", "testing"]
     code = f"import sys; sys.modules.update(dict.fromkeys({hidden})); import importlib\n"
     code += f"[importlib.import_module('spryfl.' + name) for name in {wanted}]"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -71,12 +71,58 @@ def test_moments(distribution):
     assert float(x.pow(4).mean()) == pytest.approx(expected_fourth, rel=0.03)
 
 
-@pytest.mark.parametrize("distribution", noise.DISTRIBUTIONS)
+APART = [name for name in noise.DISTRIBUTIONS if name not in noise.JOINT]
+
+
+@pytest.mark.parametrize("distribution", APART)
 def test_covariance_is_the_identity(distribution):
     like = {"a": torch.zeros(2), "b": torch.zeros(1)}
     drawn = noise.stack(range(4000), like, distribution)
     v = torch.cat([drawn["a"], drawn["b"]], dim=1).double()
     assert torch.allclose(v.T @ v / len(v), torch.eye(3, dtype=torch.float64), atol=0.08)
+
+
+def flat(drawn):
+    return torch.cat([value.flatten(1) for value in drawn.values()], dim=1).double()
+
+
+def test_orthogonal_directions_are_orthogonal_over_all_names_and_of_length_root_d():
+    like = {"a": torch.zeros(3, 4), "b": torch.zeros(5)}
+    v = flat(noise.stack(range(17), like, "orthogonal"))
+    assert torch.allclose(v @ v.T, 17 * torch.eye(17, dtype=torch.float64), atol=1e-4)
+
+
+def test_orthogonal_directions_are_what_gram_schmidt_makes_of_the_gaussian_ones():
+    """Against the QR decomposition, whose columns are those vectors up to a sign."""
+    like = {"a": torch.zeros(3, 4), "b": torch.zeros(5)}
+    seeds = [5, 9, 2, 11]
+    q, r = torch.linalg.qr(flat(noise.stack(seeds, like, "gaussian")).T)
+    expected = (q * r.diagonal().sign()).T * math.sqrt(17)
+    assert torch.allclose(flat(noise.stack(seeds, like, "orthogonal")), expected, atol=1e-5)
+
+
+def test_each_orthogonal_direction_has_the_identity_as_its_covariance():
+    like = {"a": torch.zeros(2), "b": torch.zeros(1)}
+    draws = [flat(noise.stack([2 * i, 2 * i + 1], like, "orthogonal")) for i in range(1500)]
+    for k in range(2):
+        v = torch.stack([draw[k] for draw in draws])
+        assert torch.allclose(v.T @ v / len(v), torch.eye(3, dtype=torch.float64), atol=0.12)
+
+
+def test_more_orthogonal_directions_than_values_are_refused():
+    with pytest.raises(ValueError, match="4 orthogonal directions do not fit into 3 values"):
+        noise.stack(range(4), {"a": torch.zeros(3)}, "orthogonal")
+
+
+def test_expand_draws_a_steps_orthogonal_directions_together():
+    like = {"a": torch.zeros(3), "b": torch.zeros(4)}
+    terms = [Directional(k, 0.5 + k, ("a", "b"), "orthogonal") for k in range(3)]
+    terms += [Directional(k, 1.0, ("b",), "orthogonal") for k in (7, 8)]
+    first = noise.stack(range(3), like, "orthogonal")
+    second = noise.stack([7, 8], {"b": like["b"]}, "orthogonal")
+    total = noise.expand(terms, like)
+    assert torch.allclose(total["a"], sum((0.5 + k) * first["a"][k] for k in range(3)))
+    assert torch.allclose(total["b"], sum((0.5 + k) * first["b"][k] for k in range(3)) + second["b"].sum(0))
 
 
 def test_the_sphere_spans_the_whole_block():
@@ -85,7 +131,7 @@ def test_the_sphere_spans_the_whole_block():
     assert squares == pytest.approx(17.0, rel=1e-6)
 
 
-@pytest.mark.parametrize("distribution", noise.DISTRIBUTIONS)
+@pytest.mark.parametrize("distribution", APART)
 def test_a_stack_is_its_directions_one_by_one(distribution):
     like = {"a": torch.zeros(3, 5), "b": torch.zeros(2)}
     together = noise.stack([4, 8, 15], like, distribution)

@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, Self, get_type_hints
+from typing import Any, Literal, Self, get_origin, get_type_hints
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
@@ -28,7 +28,8 @@ SCHEMA = 1
 _NAMING = ("kind", "name")  # a section that gives another one starts anew
 _PROSE = ("summary", "paper")  # of a method: said of it, not chosen
 _OWN_METHOD = ("estimator", "assignment", "local_optimizer", "server_optimizer")  # what one of one's own must choose
-_STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+_STRICT = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)  # true is no 1, "10" no 10
+_WRITTEN = {"int_type": "3", "float_type": "0.5", "bool_type": "true or false", "string_type": '"a text"'}  # in TOML
 _DEFAULT_METHOD = "spry"
 QUICKSTART = Path(__file__).with_name("quickstart.toml")  # what `spryfl run` does without arguments
 
@@ -254,8 +255,10 @@ def _checked(what: str, kind: str, builder: Callable[..., Any], options: dict[st
 def _typed(fields: dict[str, Any], given: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The values of fields (name -> type and default), of the right types; unknown names are errors."""
     schema = create_model("Given", __config__=_STRICT, **fields)
+    tuples = {name for name, (type_, _) in fields.items() if get_origin(type_) is tuple}  # TOML has lists alone
+    values = {key: tuple(value) if key in tuples and isinstance(value, list) else value for key, value in given.items()}
     try:
-        return schema(**given).model_dump()
+        return schema(**values).model_dump()
     except ValidationError as error:
         raise ValueError("\n".join(_told(one, schema, where) for one in error.errors())) from None
 
@@ -344,6 +347,8 @@ def _settled(experiment: Experiment) -> TrainSection:
     train, given = experiment.train, experiment.train.model_fields_set
     cohort = train.cohort if "cohort" in given else min(train.cohort, experiment.partition.clients)
     steps = 0 if train.epochs else train.steps
+    if experiment.method.local_optimizer["kind"] == "none" and "steps" not in given:
+        steps = 0 if train.epochs else 1  # a gradient a round, unless more batches are asked for
     return train.model_copy(update={"cohort": cohort, "steps": steps})
 
 
@@ -373,7 +378,9 @@ def _told(error: Any, model: type[BaseModel], where: str = "") -> str:
         return f"{place} = {error['input']!r}: it is a section, [{place}]. Its keys: {', '.join(_keys(model, path))}."
     if error["type"] == "dict_type":
         return f"{place} = {error['input']!r}: it is a section, [{place}], with a kind."
-    return f"{place} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}."
+    said = error["msg"].replace("tuple", "list")
+    written = f", written as {_WRITTEN[error['type']]}" if error["type"] in _WRITTEN else ""
+    return f"{place} = {error['input']!r}: {said[0].lower()}{said[1:]}{written}."
 
 
 def _keys(model: type[BaseModel], path: Iterable[str]) -> list[str]:

@@ -1,12 +1,15 @@
 """What a call may do to a module while it lasts, and takes out again: stop it, answer for it, recompute, mask, reseed.
 
 Each is a context; afterwards the module and PyTorch's generators are what they were. Costs nothing by itself.
+A context that was entered later stands nearer to the caller. What counts calls must stand outside of checkpointing, as
+recomputing a block calls it again.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
+
+from spryfl.noise import child_seed
+
+Visit = Callable[..., Any]  # (number of the call, module, its forward, args, kwargs) -> what the call answers
 
 
 class Reached(Exception):
@@ -67,9 +74,25 @@ def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def masks(module: nn.Module, seed: int | None) -> Iterator[None]:
+def visited(modules: Iterable[nn.Module], visit: Visit) -> Iterator[None]:
+    """`visit` answers every call of the modules; calls are counted from 0 over all of them together."""
+    count = itertools.count()
+
+    def standing_before(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: visit(next(count), module, forward, args, kwargs)
+
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(replaced(module, standing_before(module, module.forward)))
+        yield
+
+
+@contextlib.contextmanager
+def masks(module: nn.Module, seed: int | None, stages: Sequence[Iterable[nn.Module]] = ()) -> Iterator[None]:
     """Dropout on with masks from `seed`, or off; the mode and PyTorch's generators are afterwards what they were.
 
+    The generator starts anew at every call of a stage's modules and behind it, from the seed and the call's number. So
+    the masks of one part of the network do not depend on what ran before it, and a part alone has those of the whole.
     A layer without dropout is the same in both modes, so a model whose dropout is 0 draws nothing.
     """
     if seed is None:
@@ -77,10 +100,23 @@ def masks(module: nn.Module, seed: int | None) -> Iterator[None]:
         return
     module.train()
     try:
-        with seeded(seed):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(seeded(seed))
+            for stage, modules in enumerate(stages):
+                stack.enter_context(visited(modules, _reseeding(seed, stage)))
             yield
     finally:
         module.eval()
+
+
+def _reseeding(seed: int, stage: int) -> Visit:
+    def visit(call: int, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        torch.manual_seed(child_seed(seed, "stage", stage, call))
+        output = forward(*args, **kwargs)
+        torch.manual_seed(child_seed(seed, "behind", stage, call))
+        return output
+
+    return visit
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""A Hugging Face model's loss as an estimator wants it: whole, cut before the head, or checkpointed by block.
+"""A Hugging Face model's loss as an estimator wants it: whole, cut at any depth, or checkpointed by block.
 
     loss(params) = task loss of functional_call(model, {fixed, params})
 
@@ -10,18 +10,17 @@ checkpointed call adds nothing to what it computes; a kept prefix holds a hidden
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from spryfl import tasks
-from spryfl.hooks import Reached, answering, checkpointing, heard, masks
+from spryfl.hooks import Heard, Reached, answering, checkpointing, heard, masks, visited
+from spryfl.layout import Layout, layout_of, parted
 from spryfl.tasks import Task
 from spryfl.types import Batch, Cut, Features, Params
 
@@ -67,36 +66,68 @@ class ModelLoss:
         with self._masks(seed):
             return self.task.loss(self.output(params, batch), batch)
 
-    def cut(self, batch: Batch, seed: int | None = None, top: int = 0) -> Cut:
+    def cut(self, batch: Batch, seed: int | None = None, top: int = 0, checkpoint: bool = False) -> Cut:
         if top:
-            raise ValueError(f"top = {top}: a cut below blocks is not offered; 0 cuts before the head.")
-        trunk = self._trunk[1]
-        layout: list[Any] = []
+            return self._below_blocks(batch, seed, top, checkpoint)
+        trunk = self._layout.trunk[1]
+        shape: list[Any] = []
 
         def features(params: Params) -> Features:
             with self._masks(seed), heard(trunk, stop=True) as stopped, contextlib.suppress(Reached):
                 self.output(params, batch)
             output = stopped.output
-            layout[:] = [type(output), tuple(output.keys())]  # its shape only: the values may be large
+            shape[:] = [type(output), tuple(output.keys())]  # its shape only: the values may be large
             return tuple(output.values())
 
         def head(params: Params, given: Features) -> Tensor:
-            kind, keys = layout
+            kind, keys = shape
             output = kind(**dict(zip(keys, given, strict=True)))
-            # The head has a seed of its own: its masks need not be those the trunk used up.
-            with self._masks(None if seed is None else seed + 1), answering([trunk], output):
-                return self.task.loss(self.output(params, batch), batch)
+            with answering([trunk], output), self._masks(seed):
+                return self.task.loss(self.output(params, batch, until=0), batch)
 
         return Cut(features, head, self.head)
 
+    def _below_blocks(self, batch: Batch, seed: int | None, top: int, checkpoint: bool) -> Cut:
+        """The cut below the last `top` blocks. The part above runs the model with the blocks below answered for."""
+        layout = self._layout
+        at, calls, above, both = layout.sides(top, tasks.inputs(batch))
+
+        def trunk(params: Params) -> Features:
+            stopped = Heard()
+
+            def visit(call: int, module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+                if call < at:
+                    return forward(*args, **kwargs)
+                stopped.output = parted(args, kwargs)[0]
+                raise Reached
+
+            with visited(layout.blocks, visit), self._masks(seed), contextlib.suppress(Reached):
+                self.output(params, batch, until=at)
+            return (stopped.output,)
+
+        def head(params: Params, given: Features) -> Tensor:
+            def visit(call: int, module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+                if call < at:
+                    return layout.answer(call, given[0])
+                _, others, named = parted(args, kwargs)
+                return forward(given[0], *others, **named) if call == at else forward(*args, **kwargs)
+
+            recomputed = checkpointing(layout.blocks) if checkpoint else contextlib.nullcontext()
+            with recomputed, visited(layout.blocks, visit), self._masks(seed):
+                return self.task.loss(self.output(params, batch, until=0), batch)
+
+        return Cut(trunk, head, above, (calls - at) / calls, both)
+
     def checkpointed(self, params: Params, batch: Batch, seed: int | None = None) -> Tensor:
-        with checkpointing(self._recomputed):
+        if not self._layout.blocks:
+            raise ValueError(f"{type(self._layout.trunk[1]).__name__} has no list of layers. Use checkpoint = false.")
+        with checkpointing(self._layout.blocks):
             return self(params, batch, seed)
 
-    def output(self, params: Params, batch: Batch) -> Any:
-        """What the model answers to a batch: logits, or start and end logits, as its class has it."""
+    def output(self, params: Params, batch: Batch, until: int | None = None) -> Any:
+        """What the model answers to a batch, as its class has it; a kept prefix ends at block `until` at the latest."""
         inputs = tasks.inputs(batch)
-        with self._from_prefix(params, inputs), self._wanted(batch.get(tasks.AT)):
+        with self._from_prefix(params, inputs, until), self._wanted(batch.get(tasks.AT)):
             return functional_call(self.module, {**self.fixed, **params}, (), inputs)
 
     @contextlib.contextmanager
@@ -116,17 +147,22 @@ class ModelLoss:
             handle.remove()
 
     def _masks(self, seed: int | None) -> contextlib.AbstractContextManager[None]:
-        return masks(self.module, seed if self.dropout else None)
+        if not self.dropout:
+            return contextlib.nullcontext()
+        return masks(self.module, seed, ([self._layout.trunk[1]], self._layout.blocks))
 
     @contextlib.contextmanager
-    def _from_prefix(self, params: Params, inputs: Batch) -> Iterator[None]:
+    def _from_prefix(self, params: Params, inputs: Batch, until: int | None) -> Iterator[None]:
         """Runs the blocks before the first moved value once a batch, where that may be kept."""
-        first = 0 if self.module.training else self._first(params)
+        first = 0 if self.module.training or until == 0 else self._layout.first(params, self.head)
+        if until is not None:
+            first = min(first, until)
         if not first:
             yield
             return
-        before = [block for _, block in self._blocks[:first]]
-        key = repr([(n, v.shape) for n, v in inputs.items()]).encode() + b"".join(_bytes(v) for v in inputs.values())
+        before = [block for _, block in self._layout.marked[:first]]
+        shapes = repr([first, *((name, value.shape) for name, value in inputs.items())])
+        key = shapes.encode() + b"".join(_bytes(value) for value in inputs.values())
         kept = self.prefix.get(key)
         if kept is not None:
             with answering(before, kept):
@@ -139,42 +175,9 @@ class ModelLoss:
                 if answer.output is not None:
                     self.prefix.add(key, answer.output)
 
-    def _first(self, names: Iterable[str]) -> int:
-        """How many blocks lie before all of `names`; 0 where one of them lies outside the blocks and the head."""
-        paths = [path for path, _ in self._blocks]
-        places = [
-            next((i for i, path in enumerate(paths) if name.startswith(path + ".")), 0)
-            for name in names
-            if name not in self.head
-        ]
-        return min(places, default=len(paths))
-
-    @cached_property
-    def _trunk(self) -> tuple[str, nn.Module]:
-        """The language model without its task head, and its path."""
-        base = self.module.get_base_model()  # type: ignore[operator]
-        trunk = getattr(base, base.base_model_prefix)
-        return next(path for path, module in self.module.named_modules() if module is trunk), trunk
-
-    @cached_property
-    def _recomputed(self) -> list[nn.Module]:
-        """The blocks to checkpoint; where transformers marks none (ALBERT), those of the trunk's first list."""
-        marked = [block for _, block in self._blocks]
-        blocks = marked or next((list(m) for m in self._trunk[1].modules() if isinstance(m, nn.ModuleList)), [])
-        if not blocks:
-            raise ValueError(f"{type(self._trunk[1]).__name__} has no list of layers. Use checkpoint = false.")
-        return blocks
-
-    @cached_property
-    def _blocks(self) -> tuple[tuple[str, nn.Module], ...]:
-        """The trunk's blocks in order, with their paths; a block inside a block counts as part of it."""
-        path, trunk = self._trunk
-        found: list[tuple[str, nn.Module]] = []
-        for name, module in trunk.named_modules():
-            inside = any(f"{path}.{name}".startswith(outer + ".") for outer, _ in found)
-            if isinstance(module, GradientCheckpointingLayer) and not inside:
-                found.append((f"{path}.{name}", module))
-        return tuple(found)
+    @property
+    def _layout(self) -> Layout:
+        return layout_of(self.module)
 
 
 def _bytes(value: Tensor) -> bytes:

@@ -114,11 +114,34 @@ def _sphere(seeds: Sequence[int], like: Params) -> dict[str, Tensor]:
     return {n: (v * factor.reshape(-1, *[1] * (v.dim() - 1))).float() for n, v in raw.items()}
 
 
+def _orthogonal(seeds: Sequence[int], like: Params) -> dict[str, Tensor]:
+    """Gaussian directions made orthogonal one after the other over the whole block, each of length sqrt(d).
+
+    Gram-Schmidt in float64, twice, as once leaves a rest where two directions nearly agree. E[v v^T] = I for each.
+    """
+    raw = _gaussian(seeds, like)
+    rows = torch.cat([value.double().flatten(1) for value in raw.values()], dim=1)
+    count, dimension = rows.shape
+    if count > dimension:
+        raise ValueError(
+            f"{count} orthogonal directions do not fit into {dimension} values. Use fewer directions or another "
+            f"distribution: {', '.join(name for name in DISTRIBUTIONS if name not in JOINT)}."
+        )
+    for k in range(count):
+        for _ in range(2):
+            rows[k] -= (rows[:k] @ rows[k]) @ rows[:k]
+        rows[k] /= rows[k].norm()
+    parts = (rows * math.sqrt(dimension)).float().split([value[0].numel() for value in raw.values()], dim=1)
+    return {name: part.reshape(value.shape) for (name, value), part in zip(raw.items(), parts, strict=True)}
+
+
 DISTRIBUTIONS: dict[str, Callable[[Sequence[int], Params], dict[str, Tensor]]] = {
     "gaussian": _gaussian,
     "rademacher": _rademacher,
     "sphere": _sphere,
+    "orthogonal": _orthogonal,
 }
+JOINT = frozenset({"orthogonal"})  # a direction depends on those that are drawn before it in the same call
 
 
 def stack(seeds: Sequence[int], like: Params, distribution: str = "gaussian") -> dict[str, Tensor]:
@@ -127,7 +150,8 @@ def stack(seeds: Sequence[int], like: Params, distribution: str = "gaussian") ->
     Args:
         seeds: one for each direction; equal seeds give equal values.
         like: name -> tensor; only names, shapes and devices are looked at.
-        distribution: gaussian, rademacher (independent signs) or sphere (radius sqrt(d), d values in the block).
+        distribution: gaussian, rademacher (independent signs), sphere (radius sqrt(d), d values in the block) or
+            orthogonal (as on the sphere, and at right angles to the other directions of this call).
 
     Returns:
         name -> float32 (K, *shape), on the device of `like`.
@@ -147,7 +171,11 @@ def direction(seed: int, like: Params, distribution: str = "gaussian") -> dict[s
 
 
 def expand(terms: Iterable[Directional], like: Params) -> dict[str, Tensor]:
-    """The gradient that seeded terms stand for: sum_k coefficient_k * direction(seed_k), summed in the order given."""
+    """The gradient that seeded terms stand for: sum_k coefficient_k * direction(seed_k), summed in the order given.
+
+    Call it once a step, with all of the step's terms as the estimator made them: terms of one block and distribution
+    that follow each other are drawn together, and orthogonal directions are so among those drawn together.
+    """
     total: dict[str, Tensor] = {}
     for (block, distribution), group in itertools.groupby(terms, key=lambda t: (t.block, t.distribution)):
         own = list(group)

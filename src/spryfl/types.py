@@ -78,6 +78,7 @@ class Cut(NamedTuple):
     head: Callable[[Params, Features], Tensor]
     above: frozenset[str]  # names of the values that the head part reads; the trunk reads none of them
     share: float = 0.0  # of the network's blocks, those in the head part
+    both: frozenset[str] = frozenset()  # names that both parts read: such a value cannot be moved
 
 
 class LossFn(Protocol):
@@ -100,8 +101,11 @@ class LossFn(Protocol):
         """The loss of one batch, a float32 scalar."""
         ...
 
-    def cut(self, batch: Batch, seed: int | None = None, top: int = 0) -> Cut:
-        """The same loss in two parts, cut below the last `top` blocks; 0 cuts before the head."""
+    def cut(self, batch: Batch, seed: int | None = None, top: int = 0, checkpoint: bool = False) -> Cut:
+        """The same loss in two parts, cut below the last `top` blocks; 0 cuts before the head, -1 below all blocks.
+
+        With `checkpoint` the head part computes each block's activations again on the way back.
+        """
         ...
 
     def checkpointed(self, params: Params, batch: Batch, seed: int | None = None) -> Tensor:

@@ -2,13 +2,14 @@
 
     c_k = <grad loss(w), v_k>      one jvp, exact          g_hat = (1/K) sum_k c_k v_k
 
-Unbiased, with E|g_hat - g|^2 = ((d+1)/K) |g|^2 for Gaussian v of d values (d-1 for signs and sphere). Spry, Panchal
-et al. 2024 (arXiv 2405.15551); Baydin et al. 2022 (arXiv 2202.08587). Cost: one value pass and K tangent passes, which
-only need what lies at or after the first perturbed value; memory: one layer's values and tangents.
+Unbiased, with E|g_hat - g|^2 = ((d+1)/K) |g|^2 for Gaussian v of d values (d-1 for signs and sphere, d-K for orthogonal
+ones). Spry, Panchal et al. 2024 (arXiv 2405.15551); Baydin et al. 2022 (arXiv 2202.08587). Cost: one value pass and K
+tangent passes, which only need what lies at or after the first perturbed value; memory: a layer's values and tangents.
 
-With `exact_head` the network is cut before the head. Reverse mode over the head alone gives its gradient and
-delta = d loss / d features; the rest follows from the trunk's tangents, c_k = <delta, d features_k>. Same expectation,
-and the head's values, often most of them, leave the random part.
+Exact top, b blocks: the network is cut below its last b blocks, 0 before the head. Reverse mode above the cut gives the
+gradient there and delta = d loss / d h; the rest follows from the tangents at the cut, c_k = <delta, dh_k>. The same
+scalars, no noise above, shorter tangents: 1 + K (1 - share) and a backward pass of `share`, the part of the blocks
+above the cut; memory: their activations, or with `checkpoint` b hidden states and one block. b = all is backprop.
 """
 
 from __future__ import annotations
@@ -16,75 +17,85 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spryfl import noise, tree
+from spryfl import noise
+from spryfl.estimators import cuts, terms
 from spryfl.jvp import jvp
-from spryfl.types import Batch, Cut, Directional, Estimate, Estimator, Features, LossFn, Params, Passes
+from spryfl.types import Batch, Cut, Estimate, Estimator, Features, LossFn, Params, Passes
 
 
-def forward(directions: int = 1, distribution: str = "gaussian", chunk: int = 0, exact_head: bool = False) -> Estimator:
+def forward(
+    directions: int = 1,
+    distribution: str = "gaussian",
+    chunk: int = 0,
+    candidates: int = 1,
+    clip: float = 0.0,
+    exact_top: int = 0,
+    checkpoint: bool = False,
+    exact_head: bool = False,
+) -> Estimator:
     """Forward mode: g_hat = (1/K) sum_k c_k v_k with c_k the exact directional derivative along v_k.
 
     Args:
         directions: K, the number of directions a batch.
-        distribution: gaussian, rademacher or sphere.
+        distribution: gaussian, rademacher, sphere or orthogonal.
         chunk: directions at once, 0 for all: memory for `chunk` tangents, and another value pass a chunk.
-        exact_head: take the head's gradient by reverse mode from the features, the rest by forward mode.
+        candidates: directions drawn for each one kept, those nearest to the last aggregated gradient; 1 for no choice.
+        clip: largest size of a directional derivative; 0 for none.
+        exact_top: how many of the last blocks, and the head with them, have their gradient by reverse mode; -1 for all.
+        checkpoint: those blocks' activations are computed again on the way back.
+        exact_head: take at least the head's gradient by reverse mode (the setting `head = "exact"` of a method).
 
     Raises:
-        ValueError: K < 1, chunk < 0 or without effect, or an unknown distribution.
+        ValueError: an option out of its range or without effect; a value on both sides of the cut.
 
     >>> from spryfl.estimators import forward
-    >>> estimator = forward(directions=4, distribution="rademacher")
+    >>> estimator = forward(directions=4, distribution="rademacher", exact_top=2)
     """
-    if directions < 1:
-        raise ValueError(f"directions = {directions}: forward mode needs at least 1 direction a batch.")
+    terms.check(directions, distribution, clip, candidates)
     if chunk < 0 or chunk >= directions > 0:
         raise ValueError(f"chunk = {chunk} with directions = {directions}: give less than that, or 0 for all at once.")
-    if distribution not in noise.DISTRIBUTIONS:
-        raise ValueError(f"distribution = {distribution!r}; possible: {', '.join(noise.DISTRIBUTIONS)}.")
+    if exact_top < -1:
+        raise ValueError(f"exact_top = {exact_top}: give a number of blocks, or -1 for all of them.")
+    if checkpoint and not exact_top:
+        raise ValueError("checkpoint has no effect with exact_top = 0: no block is run backwards. Remove it.")
 
     def estimate(loss_fn: LossFn, params: Params, batch: Batch, seed: int) -> Estimate:
-        cut = loss_fn.cut(batch, seed) if exact_head else None
-        inside = tree.without(params, loss_fn.head) if cut else params
-        seeds = [noise.child_seed(seed, "direction", k) for k in range(directions)] if inside else []
-        along = noise.stack(seeds, inside, distribution) if inside else {}
+        cut = loss_fn.cut(batch, seed, exact_top, checkpoint) if exact_head or exact_top else None
+        inside, above = cuts.split(cut, params) if cut else (dict(params), {})
+        count = directions if inside else 0
+        seeds = terms.chosen(seed, count, inside, distribution, candidates, loss_fn.guide)
+        drawn = noise.stack(seeds, inside, distribution) if seeds else {}
         if cut is None:
-            loss, slopes = jvp(lambda p: loss_fn(p, batch, seed), params, along, chunk=chunk or None)
+            loss, slopes = jvp(lambda p: loss_fn(p, batch, seed), params, drawn, chunk=chunk or None)
             dense: Params = {}
         else:
-            loss, slopes, dense = _through_cut(cut, params, along, loss_fn.head, chunk)
-        terms = _terms(seeds, slopes, tuple(inside), distribution)
-        passes = Passes(value=-(-len(seeds) // chunk) if chunk and seeds else 1, tangent=len(seeds))
-        return Estimate(float(loss), dense, terms, passes)
+            loss, slopes, dense = _through_cut(cut, params, above, drawn, chunk)
+        kept = terms.guarded(slopes.tolist(), clip)
+        made = terms.made(seeds, kept.mean(), tuple(inside), distribution)
+        runs = -(-count // chunk) if chunk and count else 1
+        passes = _passes(cut.share if cut else 0.0, runs, count, checkpoint)
+        return Estimate(float(loss), dense, made, passes, kept.scalars)
 
     return estimate
 
 
-def _through_cut(
-    cut: Cut, params: Params, along: Params, head: frozenset[str], chunk: int
-) -> tuple[Tensor, Tensor, Params]:
-    """The loss, c_k = <delta, d features_k> for each direction, and the head's exact gradient."""
-    features, tangents = _features(cut, params, along, chunk)
-    leaves = tuple(value.detach().requires_grad_() for value in features)
-    own = {name: params[name].detach().requires_grad_() for name in params if name in head}
-    loss = cut.head({**params, **own}, leaves)
-    grads = torch.autograd.grad(loss, [*leaves, *own.values()], allow_unused=True)
-    deltas, exact = grads[: len(leaves)], grads[len(leaves) :]
-    used = [(delta, tangent) for delta, tangent in zip(deltas, tangents, strict=True) if delta is not None]
-    slopes = sum(((tangent * delta).flatten(1).sum(1) for delta, tangent in used), start=torch.zeros(()))
-    dense = {name: torch.zeros_like(own[name]) if g is None else g for name, g in zip(own, exact, strict=True)}
-    return loss.detach(), slopes, dense
+def _passes(share: float, runs: int, tangents: int, checkpoint: bool) -> Passes:
+    """`runs` value passes below the cut and one above, K tangents below, one pass back above."""
+    above = share * (2 if checkpoint else 1)
+    return Passes() + Passes(runs * (1 - share) + above, tangents * (1 - share), share)
 
 
-def _features(cut: Cut, params: Params, along: Params, chunk: int) -> tuple[Features, Features]:
-    if along:
-        return jvp(cut.trunk, params, along, chunk=chunk or None)
-    with torch.no_grad():
-        features = cut.trunk(params)
+def _through_cut(cut: Cut, params: Params, above: Params, drawn: Params, chunk: int) -> tuple[Tensor, Tensor, Params]:
+    """The loss, c_k = <delta, d features_k> for each direction, and the exact gradient above."""
+    features, tangents = _features(cut, params, drawn, chunk)
+    exact = cuts.reverse(cut, params, above, features)
+    used = [(delta, t) for delta, t in zip(exact.deltas, tangents, strict=True) if delta is not None]
+    slopes = sum(((t * delta).flatten(1).sum(1) for delta, t in used), start=torch.zeros(()))
+    return exact.loss, slopes if drawn else torch.zeros(0), exact.dense
+
+
+def _features(cut: Cut, params: Params, drawn: Params, chunk: int) -> tuple[Features, Features]:
+    if drawn:
+        return jvp(cut.trunk, params, drawn, chunk=chunk or None)
+    features = cuts.answers(cut, params)
     return features, tuple(torch.zeros((0, *value.shape), device=value.device) for value in features)
-
-
-def _terms(seeds: list[int], slopes: Tensor, block: tuple[str, ...], distribution: str) -> tuple[Directional, ...]:
-    """One term a direction; each scalar is rounded to float32, which is what four bytes on the wire can carry."""
-    coefficients = (slopes.detach().float() / max(len(seeds), 1)).float().tolist() if seeds else []
-    return tuple(Directional(s, c, block, distribution) for s, c in zip(seeds, coefficients, strict=True))
