@@ -6,9 +6,9 @@
 It is PEFT's LoRA whose second map computes its weight as B = P R, so that what is trained is, bit for bit, the plain
 LoRA of rank r that is saved. P follows from W and A, so a folder needs A, B and R alone. Cost: r (n + m) fixed values
 a map and, once, its decomposition: exact up to EXACT on the short side (0.03 s for MiniLM's largest on one core of a
-Xeon), randomised above (0.4 s for 4096 x 4096). It is the same for equal seeds on one machine. Elsewhere a singular vector
-may come out otherwise where two singular values nearly agree (their signs are fixed here): devices that train together
-should open one saved adapter.
+Xeon), randomised above (0.4 s for 4096 x 4096). It is the same for equal seeds on one machine. Elsewhere a singular
+vector may come out otherwise where two singular values nearly agree (their signs are fixed here): devices that train
+together should open one saved adapter.
 """
 
 from __future__ import annotations
