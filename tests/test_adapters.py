@@ -52,7 +52,6 @@ OFF_BASE = {"uni_lora", "vb_lora"}
 SHARED = {
     "uni_lora": {"unilora_theta_d": 256},
     "vb_lora": {"vblora_vector_bank": 16 * 4},
-    "tiny_lora": {f"tinylora_v.{i}": 16 for i in range(2 * LAYERS)},
 }
 # values of a LoRA-like adapter on one map of 16 inputs and 16 outputs, by the definition of each
 A_MAP = {
@@ -60,6 +59,7 @@ A_MAP = {
     "lora_fa": 16,
     "lora_xs": 3 * 3,
     "vera": 12 + 16,
+    "tiny_lora": 16,
     "vb_lora": 2 * (4 + 4) * 16,
     "fourierft": 100,
 }
@@ -202,7 +202,7 @@ class TestUnits:
         model = prepared("bert", built("tiny_lora", tying=1.0, u=5))
         assert [(u.name, u.size) for u in model.units if not u.head] == [("tinylora_v.0", 5)]
 
-    @pytest.mark.parametrize("kind", SHARED)
+    @pytest.mark.parametrize("kind", [*SHARED, "tiny_lora"])
     def test_a_shared_value_acts_in_every_map(self, kind):
         """Its derivative is the sum of those by the maps: where the layers from one on are cut off, it differs."""
         options = {"tying": 1.0} if kind == "tiny_lora" else {}
@@ -523,6 +523,23 @@ class TestForwardMode:
         torch.testing.assert_close(value, loss(values), rtol=exact, atol=exact)
         torch.testing.assert_close(tangents, expected, rtol=0, atol=exact * scale)
         assert all(bool(true[n].any()) for n in values)  # every value counts: a comparison of zeros proves nothing
+
+    @pytest.mark.parametrize("kind", adapters.ADAPTERS)
+    @pytest.mark.parametrize("options", [{"exact_head": True}, {"exact_top": 1}])
+    def test_an_exact_part_is_autograds_and_the_rest_its_slope(self, kind, options):
+        model = prepared("bert", built(kind, **({"tying": 0.5} if kind == "tiny_lora" else {})))
+        loss, values = models.loss_fn(model, {}), moved(model)
+        if "exact_top" in options and kind in SHARED:
+            with pytest.raises(ValueError, match="is read below the cut and above it"):
+                forward(**options)(loss, values, batch(), 9)
+            return
+        made = forward(directions=2, **options)(loss, values, batch(), 9)
+        true = gradient(lambda p: loss(p, batch()), values)
+        for name, value in made.dense.items():
+            torch.testing.assert_close(value, true[name], rtol=1e-4, atol=1e-4)
+        for term in made.terms:
+            assert 2 * term.coefficient == pytest.approx(along(term, true), rel=2e-3, abs=2e-3)
+        assert {*made.dense, *(name for term in made.terms for name in term.block)} == set(values)
 
 
 class TestLoss:

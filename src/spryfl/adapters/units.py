@@ -1,13 +1,14 @@
 """What of an adapted model is trained, and in which units: values that are moved together. Costs the values, float32.
 
-A family may share values over its maps (VB-LoRA's bank, Uni-LoRA's values, a tied TinyLoRA vector): they are one unit
-and counted once, under the name of the first map that holds them.
+A family may share values over its maps (VB-LoRA's bank, Uni-LoRA's values, a tied TinyLoRA vector): they are a unit of
+their own and counted once, where the first map that holds them stands.
 """
 
 from __future__ import annotations
 
 import copy
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -90,21 +91,24 @@ def _tied(module: PeftModel) -> dict[int, str]:
     names and so does not put back what stood there before; values that are tied it handles well.
     """
     tuner: Any = module.base_model
-    shared = {id(c): c for n, c in tuner.named_children() if n != "model" and any(True for _ in c.parameters())}
+    shared = {id(c) for name, c in tuner.named_children() if name != "model" and any(True for _ in c.parameters())}
     for inner in list(tuner.model.modules()):
         for key, child in list(inner.named_children()):
             if id(child) in shared:
-                setattr(inner, key, _same_values(child))
+                setattr(inner, key, _own_container(inner, child))
+    held = Counter(id(value) for _, value in tuner.model.named_parameters(remove_duplicate=False))
     return {
         id(value): name.replace(".default", "")
         for name, value in tuner.named_parameters(remove_duplicate=False)
-        if not name.startswith("model.")
+        if not name.startswith("model.") and held[id(value)] > 1
     }
 
 
-def _same_values(container: nn.Module) -> nn.Module:
-    """A copy of the container with the very same values in it."""
-    return copy.deepcopy(container, {id(value): value for value in container.parameters()})
+def _own_container(layer: nn.Module, container: nn.Module) -> nn.Module:
+    """A copy of a container, the very same values in it; of TinyLoRA's vectors the layer's alone."""
+    made: Any = copy.deepcopy(container, {id(value): value for value in container.parameters()})
+    mine = getattr(layer, "_tinylora_v_key", {})
+    return nn.ModuleDict({k: nn.ParameterDict({key: made[k][key]}) for k, key in mine.items()}) if mine else made
 
 
 def _in_order(config: PeftConfig) -> None:
