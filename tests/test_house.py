@@ -34,7 +34,8 @@ RANKS: list[list[str]] = [
     ["compare"],
     ["cli"],
 ]
-PACKAGES = ("jvp", "data", "estimators", "engines", "tasks")  # a folder is one place: files import each other downwards
+# A folder is one place: files import each other downwards.
+PACKAGES = ("jvp", "data", "estimators", "engines", "tasks", "adapters")
 HUGGING_FACE = {"transformers", "peft", "datasets", "tokenizers", "accelerate"}
 MAY_USE = {
     "transformers": {"adapters", "layout", "models"},

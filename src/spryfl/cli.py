@@ -49,6 +49,7 @@ def run(
     method: Method = None,
     data: Data = None,
     model: Annotated[str | None, typer.Option(help="A local folder, a hub name, or minilm.")] = None,
+    task: Annotated[str | None, typer.Option(help="classification, prompted, question_answering ...")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run folder; made up and numbered without it.")] = None,
     rounds: Annotated[int | None, typer.Option(help="Rounds.")] = None,
     clients: Annotated[int | None, typer.Option(help="Clients in all.")] = None,
@@ -67,6 +68,7 @@ def run(
 
     flags = {
         "method.name": method,
+        "task.kind": task,
         "data.name": data,
         "data.text": text,
         "data.label": label,

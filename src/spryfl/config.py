@@ -310,6 +310,8 @@ def _consistent(experiment: Experiment) -> None:
         raise ValueError("train.keep_prefix has no effect with one local epoch: no batch comes twice. Remove it.")
     if train.keep_prefix and train.dropout:
         raise ValueError("train.keep_prefix has no effect with train.dropout: the masks change. Remove one of them.")
+    if experiment.method.gate and train.steps == 1:
+        raise ValueError("method.gate needs a variance, and one local batch has none: set train.steps to 2 or more.")
     if not train.steps and not train.epochs:
         raise ValueError("train.epochs = 0 and train.steps = 0: no local training. Set one of them.")
     if experiment.method.assignment["kind"] == "nobody" and experiment.method.head == "split":

@@ -202,7 +202,7 @@ class Update(NamedTuple):
     correct_after: float = 0
     trace: Trace | None = None
     scalars: Scalars = Scalars()
-    variance: float = 0.0  # of the client's mean gradient, summed over its values; 0 = not asked
+    variance: float = 0.0  # of the client's mean gradient over its local batches, a value; 0 = not asked
 
 
 class Ledger(NamedTuple):
