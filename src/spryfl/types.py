@@ -43,7 +43,7 @@ class Passes(NamedTuple):
     backward: float = 0
 
     def __add__(self, other: tuple) -> Passes:
-        sums = (a + b for a, b in zip(self, other, strict=True))
+        sums = (round(a + b, 6) for a, b in zip(self, other, strict=True))
         return Passes(*(int(s) if s == int(s) else s for s in sums))  # 2, not 2.0: whole counts read as such
 
 
