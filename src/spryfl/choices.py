@@ -106,7 +106,7 @@ class Method:
     aggregate: Choice = _choice("mean")
     server_optimizer: Choice = _choice("sgd")
     average: float = 0.0  # decay of a mean of the values over the rounds, which is evaluated; 0 = the values themselves
-    gate: float = 0.0  # the largest variance of a client's mean gradient that is aggregated; 0 = any
+    gate: float = 0.0  # largest variance, a value, of a client's mean gradient that is aggregated; 0 = any
     guide: bool = False  # send the last pseudo-gradient, for an estimator with candidates
     head: str = "shared"
     head_lr: float = 1.0  # factor on the head's local learning rate
