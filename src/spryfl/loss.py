@@ -103,8 +103,10 @@ class ModelLoss:
                 stopped.output = parted(args, kwargs)[0]
                 raise Reached
 
-            with visited(layout.blocks, visit), self._masks(seed), contextlib.suppress(Reached):
-                self.output(params, batch, until=at)
+            # The kept prefix answers inside of what counts the calls, so that each is counted.
+            kept = self._from_prefix(params, tasks.inputs(batch), 0 if self.dropout and seed is not None else at)
+            with kept, visited(layout.blocks, visit), self._masks(seed), contextlib.suppress(Reached):
+                self.output(params, batch, until=0)
             return (stopped.output,)
 
         def head(params: Params, given: Features) -> Tensor:
@@ -140,6 +142,8 @@ class ModelLoss:
             return
         places = (at.flatten() > 0).nonzero().flatten()
         head = self.module.get_base_model().get_output_embeddings()  # type: ignore[operator]
+        if head is None:
+            raise ValueError(f"{type(self.module.get_base_model()).__name__} has no map to a vocabulary.")  # type: ignore[operator]
         handle = head.register_forward_pre_hook(
             lambda module, args: (args[0].flatten(0, 1).index_select(0, places), *args[1:])
         )

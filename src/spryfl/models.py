@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,8 +79,49 @@ def load(
     auto = getattr(transformers, task.auto)
     with seeded(seed), _silent(), _explained(name, task.auto):
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
-        model = auto.from_pretrained(where, ignore_mismatched_sizes=True, **names, **chosen, **options)
+        model, missing = _opened(auto, where, name, {**names, **chosen, **options})
+    if not task.head:
+        _warn_of_random(name, model, missing)
     return settled(model, tokenizer), tokenizer
+
+
+def _opened(auto: Any, where: str, name: str, options: dict[str, Any]) -> tuple[Any, set[str]]:
+    """A model and the names of values that its files did not have; a ValueError if that is the whole trunk.
+
+    Some families call their trunk otherwise under this head (Llama's and Qwen's for questions): transformers then finds
+    none of its weights in a checkpoint of the family, and says nothing. Such are opened again under the right name.
+    """
+
+    def opened(**more: Any) -> tuple[Any, set[str], bool]:
+        model, found = auto.from_pretrained(
+            where, ignore_mismatched_sizes=True, output_loading_info=True, **options, **more
+        )
+        missing, own = set(found["missing_keys"]), f"{model.base_model_prefix}."
+        trunk = [key for key in model.state_dict() if key.startswith(own)]
+        return model, missing, 2 * sum(key in missing for key in trunk) > len(trunk)
+
+    model, missing, lost = opened()
+    own = model.base_model_prefix
+    usual = {getattr(kind, "base_model_prefix", "") for kind in type(model).__mro__} - {own, ""}
+    if lost and usual:
+        model, missing, lost = opened(key_mapping={rf"^({'|'.join(sorted(usual))})\.": f"{own}."})
+    if lost:
+        raise ValueError(
+            f'model "{name}" brings no weights for the layers of {type(model).__name__}: they would start at random. '
+            f"Give a folder or a name with weights of this family."
+        )
+    return model, missing
+
+
+def _warn_of_random(name: str, model: Any, missing: Iterable[str]) -> None:
+    """A head that is not trained should have been, before."""
+    random = sorted(key for key in missing if not key.startswith(f"{model.base_model_prefix}."))
+    if random:
+        warnings.warn(
+            f'model "{name}" was saved without its language-model head: {", ".join(random[:3])} and so on start at '
+            f"random, and this task does not train them. Use a model that was pretrained with that head.",
+            stacklevel=3,
+        )
 
 
 def _outputs(names: tuple[str, ...]) -> dict[str, Any]:
@@ -95,8 +137,8 @@ def settled(model: Any, tokenizer: Any) -> Any:
     model.config.use_cache = False
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    # A decoder's classifier reads the last token that is not this one: what batches are padded with.
+    model.config.pad_token_id = tokenizer.pad_token_id
     return model
 
 
@@ -230,11 +272,11 @@ def score(
 
 def save_adapter(model: Model, params: Params, folder: Path, card: Mapping[str, Any]) -> None:
     """Writes the adapter and the head in PEFT's own format, and what that has no place for into spryfl.json."""
-    own = {name: params.get(name, value) for name, value in model.module.state_dict().items()}
     module: Any = model.module
+    values = {name: params.get(name, module.get_parameter(name)) for name in model.params}
     module.peft_config["default"].base_model_name_or_path = model.source
     with _silent():
-        module.save_pretrained(str(folder), state_dict=own, save_embedding_layers=False)
+        adapters.save(module, values, folder)
     (folder / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
 
 

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from spryfl import costs, noise, server
 from spryfl import journal as disk
+from spryfl.choices import Built, Method, build
 from spryfl.journal import Journal, Progress
-from spryfl.methods import Built, Method, build
 from spryfl.types import Instruction, Params, Passes, Scalars, ServerState, Unit, Update
 
 
@@ -171,7 +171,16 @@ def one_round(
         "round": round_,
         "cohort": [one.client for one in told],
         "failed": {str(client): why for client, why in {**answers.failed, **refused.failed}.items()},
-        **({"gated": {str(client): variance for client, variance in refused.gated.items()}} if refused.gated else {}),
+        **(
+            {
+                "gated": {
+                    str(client): variance if variance == variance else None
+                    for client, variance in refused.gated.items()
+                }
+            }
+            if refused.gated
+            else {}
+        ),
         **({"note": refused.note} if refused.note else {}),
         "loss": _mean([(u.loss, u.examples) for u in kept]),
         **scores,

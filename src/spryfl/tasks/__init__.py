@@ -9,11 +9,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from spryfl.tasks.causal_lm import causal_lm
 from spryfl.tasks.classification import classification
+from spryfl.tasks.multiple_choice import multiple_choice
+from spryfl.tasks.multirc import multirc
+from spryfl.tasks.prompted import prompted, prompted_choice
+from spryfl.tasks.question_answering import question_answering
 from spryfl.tasks.record import AT, OF, TARGETS, Rows, Task
 from spryfl.tasks.rows import by_length, collate, encode, inputs, shuffled
 
-TASKS: dict[str, Callable[..., Task]] = {"classification": classification}
+TASKS: dict[str, Callable[..., Task]] = {
+    "classification": classification,
+    "prompted": prompted,
+    "multiple_choice": multiple_choice,
+    "prompted_choice": prompted_choice,
+    "question_answering": question_answering,
+    "multirc": multirc,
+    "causal_lm": causal_lm,
+}
 
 
 def build(choice: Mapping[str, Any]) -> Task:

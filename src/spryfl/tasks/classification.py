@@ -11,7 +11,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from spryfl.tasks.record import Task
+from spryfl.tasks.record import Task, wide
 from spryfl.tasks.rows import encode
 from spryfl.types import Batch
 
@@ -36,12 +36,12 @@ def classification() -> Task:
 
 def class_loss(output: Any, batch: Batch) -> Tensor:
     """Cross entropy in float32, the mean over the batch."""
-    return F.cross_entropy(output.logits.float(), batch["labels"])
+    return F.cross_entropy(wide(output.logits), batch["labels"])
 
 
 def shares(output: Any, batch: Batch) -> list[list[float]]:
     """The probabilities of the classes, row by row."""
-    return output.logits.float().softmax(-1).tolist()
+    return wide(output.logits).softmax(-1).tolist()
 
 
 def best(answer: Sequence[float]) -> int:

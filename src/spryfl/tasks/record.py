@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from spryfl.data.columns import CLASSES, Needs
@@ -31,6 +32,11 @@ class Rows(NamedTuple):
     labels: tuple[Any, ...]  # what an example's answer is compared with
     cut: int  # how many were longer than the maximum length
     pad: int  # the padding token
+
+
+def wide(logits: Tensor) -> Tensor:
+    """Logits in float32 at least: a loss in half precision is too coarse for differences and derivatives."""
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _count(batch: Batch) -> int:
