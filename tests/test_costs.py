@@ -207,7 +207,10 @@ def test_a_forward_pass(name, networks):
 
 
 ALL = [("bert", case) for case in CASES] + [
-    (name, case) for name in ("roberta", "gpt2", "llama") for case in CASES if case[0] in ("backprop", "forward")
+    pytest.param(name, case, marks=[] if name == "llama" else pytest.mark.slow)
+    for name in ("roberta", "gpt2", "llama")
+    for case in CASES
+    if case[0] in ("backprop", "forward")
 ]
 
 
@@ -347,7 +350,7 @@ def ran(settings):  # noqa: F811
     return go
 
 
-@pytest.mark.parametrize("name", [*METHODS, *MORE])
+@pytest.mark.parametrize("name", [*METHODS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)])
 def test_predicted_bytes_are_counted_bytes_but_for_headers(name, ran):
     made, counted, headers, records = ran(name)
     method, plan = made.experiment.method, made.plan
