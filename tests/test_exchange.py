@@ -407,7 +407,7 @@ def test_the_variance_is_that_of_the_mean_of_the_steps_gradients():
     told = server.begin(server.init(start(), built, 4), UNITS, [1], built, seed=3)[0]
     update = client.run(told, built, local(1))
     flat = torch.stack([torch.cat([g[n].flatten() for n in g]) for g in seen]).double()
-    assert update.variance == pytest.approx(float(flat.var(0, unbiased=True).sum() / len(seen)), rel=1e-5)
+    assert update.variance == pytest.approx(float(flat.var(0, unbiased=True).mean() / len(seen)), rel=1e-5)
 
 
 def test_one_local_batch_has_no_variance_and_does_not_pass_a_gate():

@@ -16,6 +16,7 @@ choice is a registry's key or a builder of yours. Costs nothing.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -106,7 +107,7 @@ class Method:
     aggregate: Choice = _choice("mean")
     server_optimizer: Choice = _choice("sgd")
     average: float = 0.0  # decay of a mean of the values over the rounds, which is evaluated; 0 = the values themselves
-    gate: float = 0.0  # the largest variance of a client's mean gradient that is aggregated; 0 = any
+    gate: float = 0.0  # largest variance, a value, of a client's mean gradient that is aggregated; 0 = any
     guide: bool = False  # send the last pseudo-gradient, for an estimator with candidates
     head: str = "shared"
     head_lr: float = 1.0  # factor on the head's local learning rate
@@ -239,9 +240,11 @@ def _made(what: str, choice: Choice, **more: Any) -> Any:
     try:
         return make(**options, **more)
     except TypeError as error:
-        if more:
+        if more and "exact_head" not in inspect.signature(make).parameters:
+            able = [key for key, one in ESTIMATORS.items() if "exact_head" in inspect.signature(one).parameters]
             raise ValueError(
                 f'head = "exact" needs an estimator that leaves the head out; "{choice["kind"]}" does not '
-                f'(backprop\'s gradient of the head is exact already). Use head = "shared", or estimator "forward".'
+                f"(backprop's gradient of the head is exact already). "
+                f'Use head = "shared", or one of: {", ".join(able)}.'
             ) from error
         raise ValueError(f"method.{what}: {error}") from error

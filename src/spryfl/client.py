@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from spryfl import ledger, noise, trace, tree
+from spryfl.choices import Built
 from spryfl.costs import peak_memory
-from spryfl.methods import Built
 from spryfl.types import Batch, Directional, Estimate, Instruction, LossFn, Params, Passes, Scalars, Trace, Update
 
 
@@ -128,10 +128,10 @@ def _answer(told: Instruction, walk: Walk, method: Built) -> tuple[Params, Trace
 
 
 def _variance(walk: Walk) -> float:
-    """Of the mean of n gradients, summed over the values: (sum |g_i|^2 - n |mean|^2) / (n (n - 1)); NaN for n < 2."""
-    n = len(walk.steps)
+    """Of the mean of n gradients of d values, a value: (sum |g_i|^2 - n |mean|^2) / (d n (n - 1)); NaN for n < 2."""
+    n, size = len(walk.steps), tree.size(walk.total)
     spread = walk.squares - tree.norm(walk.total) ** 2 / n
-    return max(spread, 0.0) / (n * (n - 1)) if n > 1 else math.nan
+    return max(spread, 0.0) / (size * n * (n - 1)) if n > 1 else math.nan
 
 
 def _same_noise(told: Instruction) -> None:

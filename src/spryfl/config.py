@@ -164,7 +164,7 @@ class Experiment(BaseModel):
     @classmethod
     def load(cls, path: str | Path | None = None, changes: Mapping[str, Any] | None = None) -> Experiment:
         """Reads a TOML file (or nothing) with changes as a nested mapping; one ValueError says all that is wrong."""
-        return parse(merge(_read(path) if path else {}, changes or {}))
+        return parse(merge(read(path) if path else {}, changes or {}))
 
     def as_dict(self) -> dict[str, Any]:
         """Everything resolved, as plain values."""
@@ -247,12 +247,12 @@ def _checked(what: str, kind: str, builder: Callable[..., Any], options: dict[st
     # The head policy is one setting for all estimators, method.head; it sets this argument.
     arguments = {n: p for n, p in signature.parameters.items() if n != "exact_head"}
     fields: dict[str, Any] = {n: (p.annotation, p.default) for n, p in arguments.items()}
-    values = _typed(fields, options, f"{what} ({kind})")
+    values = typed(fields, options, f"{what} ({kind})")
     builder(**values)
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
-def _typed(fields: dict[str, Any], given: Mapping[str, Any], where: str) -> dict[str, Any]:
+def typed(fields: dict[str, Any], given: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The values of fields (name -> type and default), of the right types; unknown names are errors."""
     schema = create_model("Given", __config__=_STRICT, **fields)
     tuples = {name for name, (type_, _) in fields.items() if get_origin(type_) is tuple}  # TOML has lists alone
@@ -292,7 +292,7 @@ def _resolved(given: Mapping[str, Any]) -> Method:
     choices: Any = {what: resolve(f"method.{what}", registry, given[what]) for what, registry in REGISTRIES.items()}
     types = get_type_hints(Method)
     plain = {key: value for key, value in given.items() if key not in REGISTRIES}
-    made = Method(**_typed({key: (types[key], ...) for key in plain}, plain, "method"), **choices)
+    made = Method(**typed({key: (types[key], ...) for key in plain}, plain, "method"), **choices)
     methods.build(made)
     return made
 
@@ -310,6 +310,8 @@ def _consistent(experiment: Experiment) -> None:
         raise ValueError("train.keep_prefix has no effect with one local epoch: no batch comes twice. Remove it.")
     if train.keep_prefix and train.dropout:
         raise ValueError("train.keep_prefix has no effect with train.dropout: the masks change. Remove one of them.")
+    if experiment.method.gate and train.steps == 1:
+        raise ValueError("method.gate needs a variance, and one local batch has none: set train.steps to 2 or more.")
     if not train.steps and not train.epochs:
         raise ValueError("train.epochs = 0 and train.steps = 0: no local training. Set one of them.")
     if experiment.method.assignment["kind"] == "nobody" and experiment.method.head == "split":
@@ -352,7 +354,8 @@ def _settled(experiment: Experiment) -> TrainSection:
     return train.model_copy(update={"cohort": cohort, "steps": steps})
 
 
-def _read(path: str | Path) -> dict[str, Any]:
+def read(path: str | Path) -> dict[str, Any]:
+    """A TOML file as it stands, nothing checked."""
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:

@@ -97,11 +97,17 @@ def load_model(experiment: Experiment, labels: tuple[str, ...]) -> Model:
     return models.prepare(base, tokenizer, labels, adapter, **where, task=task)
 
 
-def prepare(experiment: Experiment, corpus: data.Corpus, model: Model) -> Job:
-    """Tokens, partition and plan of an experiment whose data and model are there."""
-    rows, test = (
+def encode(experiment: Experiment, corpus: data.Corpus, model: Model) -> tuple[Rows, Rows]:
+    """Tokens of the training and of the test rows."""
+    train, test = (
         model.task.encode(model.tokenizer, side, experiment.data.max_length) for side in (corpus.train, corpus.test)
     )
+    return train, test
+
+
+def prepare(experiment: Experiment, corpus: data.Corpus, model: Model, tokens: tuple[Rows, Rows] | None = None) -> Job:
+    """Tokens (unless they are there), partition and plan of an experiment whose data and model are there."""
+    rows, test = tokens or encode(experiment, corpus, model)
     cut = [
         partition.hold_out(part, experiment.partition.held_out, noise.child_seed(experiment.seed, "held out", i))
         for i, part in enumerate(deal(experiment, corpus))
@@ -203,8 +209,13 @@ def exchange(job: Job, state: ServerState) -> train.Exchange:
 
 def begin(job: Job, folder: Path | None) -> tuple[Journal | None, ServerState, Progress]:
     """A new run, in a new folder if one is given."""
-    made = journal.create(folder, job.experiment.toml(), facts(job)) if folder else None
+    made = create(job, folder) if folder else None
     return (made, *train.start(job.plan, job.model.params))
+
+
+def create(job: Job, folder: Path) -> Journal:
+    """The folder of a new run."""
+    return journal.create(folder, job.experiment.toml(), facts(job))
 
 
 def resume(job: Job, folder: Path) -> tuple[Journal, ServerState, Progress]:
@@ -214,7 +225,7 @@ def resume(job: Job, folder: Path) -> tuple[Journal, ServerState, Progress]:
     state, progress = fresh = train.start(job.plan, job.model.params)
     if begun:
         state, progress = journal.load(opened)
-    _same_data(opened, job)
+    same_data(opened, job)
     _same_values(opened, state, fresh[0])
     journal.rewind(opened, state.round if begun else -1)
     return opened, state, progress
@@ -295,7 +306,7 @@ def facts(job: Job) -> dict[str, Any]:
     }
 
 
-def _same_data(opened: Journal, job: Job) -> None:
+def same_data(opened: Journal, job: Job) -> None:
     """Going on with other data would not be the same run."""
     then = journal.facts_of(opened)
     if then["data"]["fingerprint"] != job.corpus.fingerprint:

@@ -61,7 +61,7 @@ def create(folder: Path, config: str, facts: Mapping[str, Any]) -> Journal:
     beside = folder.with_name(folder.name + ".part")
     with writing(folder):
         (beside / "state").mkdir(parents=True, exist_ok=True)
-        _replace(beside / "config.toml", config.encode())
+        write(beside / "config.toml", config.encode())
         describe(Journal(beside), facts)
         beside.rename(folder)
     return Journal(folder)
@@ -76,7 +76,7 @@ def open_folder(folder: Path) -> Journal:
 
 def describe(journal: Journal, facts: Mapping[str, Any]) -> None:
     """Writes run.json: versions, hardware, commit, date, state of the run."""
-    _replace(journal.folder / "run.json", json.dumps({"schema": SCHEMA, **facts}, indent=1).encode())
+    write(journal.folder / "run.json", json.dumps({"schema": SCHEMA, **facts}, indent=1).encode())
 
 
 def facts_of(journal: Journal) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def records(journal: Journal) -> list[dict[str, Any]]:
 
 def save(journal: Journal, which: str, state: ServerState, progress: Progress) -> None:
     """Writes a state so that the file is at every moment the old one or the new one."""
-    _replace(journal.state_file(which), wire.dump({"state": state, "progress": progress._asdict()}))
+    write(journal.state_file(which), wire.dump({"state": state, "progress": progress._asdict()}))
 
 
 def load(journal: Journal, which: str = NEWEST) -> tuple[ServerState, Progress]:
@@ -121,7 +121,7 @@ def load(journal: Journal, which: str = NEWEST) -> tuple[ServerState, Progress]:
 def rewind(journal: Journal, round_: int) -> None:
     """Drops the records past `round_`: they belong to rounds that the state has not seen."""
     kept = [record for record in records(journal) if record["round"] <= round_]
-    _replace(journal.records_file, "".join(json.dumps(record) + "\n" for record in kept).encode())
+    write(journal.records_file, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
 
 def _text(path: Path) -> str:
@@ -140,7 +140,7 @@ def _parsed(path: Path, text: str) -> dict[str, Any]:
         ) from None
 
 
-def _replace(path: Path, data: bytes) -> None:
+def write(path: Path, data: bytes) -> None:
     """Writes a file beside `path` and puts it in its place in one step."""
     beside = path.with_name(path.name + ".part")
     with writing(path, lambda: beside.unlink(missing_ok=True)):

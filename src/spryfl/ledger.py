@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from spryfl import trace, tree, wire
-from spryfl.methods import Built
+from spryfl.choices import Built
 from spryfl.types import Instruction, Layout, Ledger, Params, Pool, Round, ServerState, Share, Trace, Update
 
 Head = frozenset[str]

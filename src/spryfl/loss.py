@@ -101,8 +101,10 @@ class ModelLoss:
                 stopped.output = parted(args, kwargs)[0]
                 raise Reached
 
-            with visited(layout.blocks, visit), self._masks(seed), contextlib.suppress(Reached):
-                self.output(params, batch, until=at)
+            # The kept prefix answers inside of what counts the calls, so that each is counted.
+            kept = self._from_prefix(params, tasks.inputs(batch), 0 if self.dropout and seed is not None else at)
+            with kept, visited(layout.blocks, visit), self._masks(seed), contextlib.suppress(Reached):
+                self.output(params, batch, until=0)
             return (stopped.output,)
 
         def head(params: Params, given: Features) -> Tensor:

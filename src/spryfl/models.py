@@ -206,11 +206,11 @@ def score(
 
 def save_adapter(model: Model, params: Params, folder: Path, card: Mapping[str, Any]) -> None:
     """Writes the adapter and the head in PEFT's own format, and what that has no place for into spryfl.json."""
-    own = {name: params.get(name, value) for name, value in model.module.state_dict().items()}
     module: Any = model.module
+    values = {name: params.get(name, module.get_parameter(name)) for name in model.params}
     module.peft_config["default"].base_model_name_or_path = model.source
     with _silent():
-        module.save_pretrained(str(folder), state_dict=own, save_embedding_layers=False)
+        adapters.save(module, values, folder)
     (folder / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
 
 

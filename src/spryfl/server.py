@@ -16,7 +16,7 @@ import torch
 
 from spryfl import assign, ledger, noise, trace, tree, wire
 from spryfl.aggregate import TooFewError
-from spryfl.methods import Built
+from spryfl.choices import Built
 from spryfl.types import CatchUp, Instruction, Ledger, Params, Pool, Round, ServerState, Unit, Update
 
 

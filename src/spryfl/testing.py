@@ -197,18 +197,25 @@ def _check_moments(
     bias: float,
 ) -> None:
     """The mean of g_hat - g over seeds, and of its square, within four standard errors."""
-    errors, claims, size = [], [], 0.0
+    errors, scales, claims, size = [], [], [], 0.0
     for k in range(seeds):
         seed = noise.child_seed(0, "law", k)
         truth = true_gradient(params, batch, loss_fn, seed)
         errors.append(_flat(tree.subtract(gradient(estimator(loss_fn, params, batch, seed), params), truth)))
+        scales.append(float(errors[-1] @ _flat(truth)) / tree.norm(truth) ** 2)
         claims.append(variance(truth) if variance else 0.0)
         size += tree.norm(truth) / seeds
-    error = torch.stack(errors)
+    error, along = torch.stack(errors), torch.tensor(scales, dtype=torch.float64)
     squares = error.square().sum(1)
-    measured, chance = float(squares.mean()), float(squares.std() / math.sqrt(seeds))
-    off = float(error.mean(0).norm())
-    allowed = bias * size + 3.0 * math.sqrt(measured / seeds) + 1e-5 * size
+    measured = float(squares.mean())
+    scale, off = float(along.mean()), float(error.mean(0).norm())
+    allowed = bias + 4 * float(along.std()) / math.sqrt(seeds) + 1e-4
+    _law(
+        abs(scale) <= allowed,
+        f"the mean over seeds must be the gradient: along it, it is {1 + scale:.4g} times the gradient over {seeds} "
+        f"seeds, where {allowed:.4g} more or less is allowed.",
+    )
+    allowed = bias * size + 3 * math.sqrt(measured / seeds) + 1e-4 * size
     _law(
         off <= allowed,
         f"the mean over seeds must be the gradient: |mean(g_hat) - g| = {off:.4g} over {seeds} seeds, "
@@ -216,8 +223,8 @@ def _check_moments(
     )
     if variance:
         claimed = sum(claims) / seeds
-        spread = 4 * float((squares - torch.tensor(claims)).std() / math.sqrt(seeds)) if chance else 0.0
-        slack = spread + (2 * bias if math.isfinite(bias) else 0.1) * claimed + (1e-5 * size) ** 2
+        spread = 4 * float((squares - torch.tensor(claims)).std()) / math.sqrt(seeds)
+        slack = spread + (2 * bias if math.isfinite(bias) else 0.1) * claimed + (1e-4 * size) ** 2
         _law(
             abs(measured - claimed) <= slack,
             f"E|g_hat - g|^2 must be what is claimed: measured {measured:.4g}, claimed {claimed:.4g}, "

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 from spryfl import journal as disk
 from spryfl import noise, server
+from spryfl.choices import Built
 from spryfl.costs import Traffic, traffic
 from spryfl.journal import Journal, Progress
-from spryfl.methods import Built
 from spryfl.types import Instruction, Params, Passes, Scalars, ServerState, Unit, Update
 
 
@@ -160,7 +160,16 @@ def one_round(
         "round": round_,
         "cohort": [one.client for one in told],
         "failed": {str(client): why for client, why in {**answers.failed, **refused.failed}.items()},
-        **({"gated": {str(client): variance for client, variance in refused.gated.items()}} if refused.gated else {}),
+        **(
+            {
+                "gated": {
+                    str(client): variance if variance == variance else None
+                    for client, variance in refused.gated.items()
+                }
+            }
+            if refused.gated
+            else {}
+        ),
         **({"note": refused.note} if refused.note else {}),
         "loss": _mean([(u.loss, u.examples) for u in kept]),
         **scores,

@@ -43,7 +43,7 @@ class Passes(NamedTuple):
     backward: float = 0
 
     def __add__(self, other: tuple) -> Passes:
-        sums = (a + b for a, b in zip(self, other, strict=True))
+        sums = (round(a + b, 6) for a, b in zip(self, other, strict=True))
         return Passes(*(int(s) if s == int(s) else s for s in sums))  # 2, not 2.0: whole counts read as such
 
 
@@ -202,7 +202,7 @@ class Update(NamedTuple):
     correct_after: float = 0
     trace: Trace | None = None
     scalars: Scalars = Scalars()
-    variance: float = 0.0  # of the client's mean gradient, summed over its values; 0 = not asked
+    variance: float = 0.0  # of the client's mean gradient over its local batches, a value; 0 = not asked
 
 
 class Ledger(NamedTuple):

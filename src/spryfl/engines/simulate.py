@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import cast
 
 from spryfl import client, ledger, wire
+from spryfl.choices import Built
 from spryfl.ledger import Held
-from spryfl.methods import Built
 from spryfl.train import Answers, Exchange
 from spryfl.types import Instruction, Update
 
