@@ -15,7 +15,9 @@ def start(*arguments: object, log: Path) -> multiprocessing.Process:
     """`spryfl` with these arguments; what it prints goes to `log`."""
     context = multiprocessing.get_context(STARTS)
     if STARTS == "forkserver":
-        context.set_forkserver_preload(["spryfl.cli", "spryfl.api", "spryfl.report", "spryfl.screen"])
+        context.set_forkserver_preload(
+            ["spryfl.cli", "spryfl.api", "spryfl.pictures", "spryfl.screen", "spryfl.compare"]
+        )
     child = context.Process(target=_main, args=([str(one) for one in arguments], str(log)), daemon=True)
     child.start()
     return child

@@ -137,7 +137,7 @@ class TestUse:
         folder, _ = done
         code, out, err = spryfl("evaluate", folder, reviews / "test.csv")
         assert (code, err) == (0, "")
-        assert "of 80), loss" in out
+        assert "on 80 rows; 0 texts were cut" in out
         assert spryfl("evaluate", folder / "adapter", reviews / "test.csv")[1] == out
 
     def test_evaluate_agrees_with_the_last_record(self, done, spryfl, tmp_path, flags):
@@ -146,7 +146,7 @@ class TestUse:
         assert spryfl("run", *flags, *every, "--out", tmp_path, "--name", "a")[0] == 0
         last = json.loads((tmp_path / "a" / "records.jsonl").read_text().splitlines()[-1])
         out = spryfl("evaluate", tmp_path / "a", Path(flags[3]) / "test.csv")[1]
-        assert f"accuracy {last['accuracy']:.4f} " in out
+        assert f"accuracy {last['accuracy']:.4f}, " in out
         assert f"loss {last['test_loss']:.4f}" in out
 
     def test_predict(self, done, spryfl):

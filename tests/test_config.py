@@ -252,7 +252,7 @@ MISTAKES = [
     ({"adapter": {"kind": "head", "r": 2}}, ["unknown key adapter (head).r", "takes no options"]),
     ({"adapter": {"kind": "lora", "r": 0}}, ["r = 0 of lora", "1 or more"]),
     ({"adapter": {"kind": "lora", "r": "big"}}, ["adapter (lora).r = 'big'", "integer"]),
-    ({"method": "sprry"}, ['method "sprry" is unknown', "did you mean spry?", "Possible: spry, fedfgd"]),
+    ({"method": "sprry"}, ['method "sprry" is unknown', "did you mean spry?", "Possible: spry, spry_per_iteration"]),
     ({"method": {"name": "spry", "heads": "exact"}}, ["method.heads is unknown", "did you mean head?"]),
     ({"method": {"head": "exactly"}}, ['method.head = "exactly"', "Possible: shared, split, exact"]),
     ({"method": {"sharing": "x"}}, ['method.sharing = "x"', "federated, pooled, alone"]),
@@ -268,7 +268,7 @@ MISTAKES = [
     ({"method": {"estimator": 3}}, ["method.estimator = 3", "kind"]),
     ({"method": {"name": "fedavg", "head": "exact"}}, ['head = "exact"', '"backprop"', 'head = "shared"']),
     ({"method": {"name": "head_only", "head": "split"}}, ['head = "split"', "nothing to train", 'head = "shared"']),
-    ({"method": 3}, ["method = 3", "spry, fedfgd"]),
+    ({"method": 3}, ["method = 3", "spry, spry_per_iteration"]),
     ({"method": ["spry"]}, ["method = ['spry']"]),
     ({"method": {"name": 3}}, ['method "3" is unknown']),
     ({"partition": {"split": {"kind": "dirichlet", "alpha": 0.0}}}, ["alpha = 0.0", "above 0"]),
@@ -289,6 +289,30 @@ MISTAKES = [
     ({"model": {"attention": "fast"}}, ["model.attention = 'fast'", "'eager'"]),
     ({"model": {"name": "minilm", "adapter": "a"}, "adapter": {"kind": "ia3"}}, ["no effect with model.adapter"]),
     ({"adapter": 3}, ["adapter = 3", "kind"]),
+    ({"train": {"rounds": True}}, ["train.rounds = True", "valid integer", "written as 3"]),
+    ({"train": {"rounds": "10"}}, ["train.rounds = '10'", "valid integer", "written as 3"]),
+    ({"train": {"rounds": 10.0}}, ["train.rounds = 10.0", "valid integer"]),
+    ({"train": {"drop_clients": False}}, ["train.drop_clients = False", "valid number", "written as 0.5"]),
+    ({"train": {"drop_clients": "0.5"}}, ["train.drop_clients = '0.5'", "valid number"]),
+    ({"train": {"dropout": 1}}, ["train.dropout = 1", "valid boolean", "written as true or false"]),
+    ({"train": {"dropout": "True"}}, ["train.dropout = 'True'", "valid boolean", "written as true or false"]),
+    ({"seed": True}, ["seed = True", "valid integer"]),
+    ({"data": {"text": 3}}, ["data.text = 3", "valid string", 'written as "a text"']),
+    ({"partition": {"clients": "4"}}, ["partition.clients = '4'", "valid integer"]),
+    ({"partition": {"split": {"kind": "dirichlet", "alpha": True}}}, ["(dirichlet).alpha = True", "valid number"]),
+    ({"adapter": {"kind": "lora", "r": True}}, ["adapter (lora).r = True", "valid integer"]),
+    ({"adapter": {"kind": "lora", "layers": [0, "1"]}}, ["adapter (lora).layers.1 = '1'", "valid integer"]),
+    ({"adapter": {"kind": "lora", "layers": 1}}, ["adapter (lora).layers = 1", "valid list"]),
+    ({"adapter": {"kind": "ia3", "targets": "key"}}, ["adapter (ia3).targets = 'key'", "valid list"]),
+    ({"method": {"head_lr": True}}, ["method.head_lr = True", "valid number"]),
+    ({"method": {"estimator": {"directions": "4"}}}, ["(forward).directions = '4'", "valid integer"]),
+    ({"method": {"assignment": {"rotate": 1}}}, ["method.assignment (cyclic).rotate = 1", "valid boolean"]),
+    (
+        {"method": {"assignment": {"kind": "budget", "values": [8, True]}}},
+        ["(budget).values.1 = True", "valid integer"],
+    ),
+    ({"method": {"assignment": "budget"}}, ["values = [] of budget", "how many values"]),
+    ({"method": {"aggregate": {"kind": "krum", "keep": "2"}}}, ["method.aggregate (krum).keep = '2'", "integer"]),
 ]
 
 
@@ -298,6 +322,19 @@ def test_a_mistake_has_one_clear_message(given, parts):
     for part in parts:
         assert part in said
     assert len(said.splitlines()) == 1
+
+
+def test_a_whole_number_is_a_number_too():
+    made = parse({"train": {"drop_clients": 0}, "method": {"head_lr": 2, "server_optimizer": {"lr": 1}}})
+    assert (made.train.drop_clients, made.method.head_lr, made.method.server_optimizer["lr"]) == (0.0, 2.0, 1.0)
+    assert all(isinstance(value, float) for value in (made.train.drop_clients, made.method.head_lr))
+
+
+@pytest.mark.parametrize("values", [[8, 2], (8, 2)])
+def test_a_list_of_options_comes_back(values):
+    made = parse({"method": {"assignment": {"kind": "budget", "values": values}}})
+    assert made.method.assignment == {"kind": "budget", "values": [8, 2]}
+    assert parse(tomllib.loads(made.toml())).as_dict() == made.as_dict()
 
 
 def test_several_mistakes_are_said_together():

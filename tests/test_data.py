@@ -374,6 +374,32 @@ def test_the_fingerprint_sees_every_value() -> None:
     assert prints[0] == hashlib.sha256(b"".join(lines)).hexdigest()  # no address, no order of a set: any machine's
 
 
+def test_what_else_a_task_reads_stays_with_its_row(tmp_path: Path) -> None:
+    rows = [{"text": f"t {i}", "label": i % 2, "Word": f"w {i}", "spans": [i, i + 1]} for i in range(40)]
+    needs = data.Needs(extra={"word": ("term", "word"), "at": ("spans",), "note": ("remark",)}, optional=("note",))
+    corpus = data.load(write(tmp_path / "d.jsonl", rows), needs=needs, train_rows=12)
+    for side in (corpus.train, corpus.test):
+        assert set(side.extra) == {"word", "at"}
+        for text, word, at in zip(side.text, side.extra["word"], side.extra["at"], strict=True):
+            number = int(text.split()[1])
+            assert (word, at) == (f"w {number}", [number, number + 1])
+    assert "word column: 'Word' (guessed)" in corpus.notes
+    assert not [note for note in corpus.notes if note.startswith("at column")]  # one name: nothing was guessed
+    plain = data.load(str(tmp_path / "d.jsonl"), train_rows=12)
+    assert plain.train.text == corpus.train.text
+    assert plain.fingerprint != corpus.fingerprint
+    with pytest.raises(ValueError, match=r"needs a column for note, and none of these is there: remark"):
+        data.load(str(tmp_path / "d.jsonl"), needs=needs._replace(optional=()))
+
+
+def test_rows_without_classes_are_of_one(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.jsonl", [{"completion": f"t {i}", "label": "x"} for i in range(20)])
+    corpus = data.load(path, needs=data.Needs(texts=("completion",), label=False))
+    assert corpus.labels == ("all",)
+    assert set(corpus.train.label) == {0}
+    assert (len(corpus.train.label), len(corpus.test.label)) == (16, 4)
+
+
 def test_the_docstrings_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = tuple(docstrings.Row(f"text {i}", i % 5, f"m{i}", f"g{i % 7}") for i in range(100))
     monkeypatch.setattr(docstrings, "build", lambda: (rows[:80], rows[80:], "read somewhere"))

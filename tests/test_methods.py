@@ -30,7 +30,7 @@ def settings(tiny, reviews):
             "model": {"name": str(tiny)},
             "data": {"name": str(reviews), "train_rows": 40, "test_rows": 20},
             "partition": {"clients": 4, "held_out": 0.2},
-            "train": {"rounds": 1, "cohort": 2},
+            "train": {"rounds": 1, "cohort": 2, "steps": 3},
         }
         return {**base, **{k: {**base.get(k, {}), **v} if isinstance(v, dict) else v for k, v in changes.items()}}
 

@@ -57,7 +57,7 @@ def spryfl(monkeypatch, *arguments):
 @pytest.fixture(autouse=True)
 def _no_picture(monkeypatch):
     """Pictures take longer than these runs."""
-    monkeypatch.setattr("spryfl.report.curves", lambda runs, path: None)
+    monkeypatch.setattr("spryfl.pictures.curves", lambda runs, path: None)
 
 
 def records(folder):

@@ -61,6 +61,25 @@ def test_where_only_the_head_moves_only_the_head_travels():
     assert all(set(one.params) == set(one.names) == {"h.weight", "h.bias"} for one in told)
 
 
+def test_a_round_in_which_only_the_head_moves_gets_the_adapters_as_they_are():
+    """Client 4 has room for a unit, client 7 for none; what client 4 moved must reach client 7's forward pass."""
+    built = method(assignment={"kind": "budget", "values": (9, 0)})
+    state, told = begun(built, cohort=(4,))
+    state, _ = server.finish(state, told, [update(told[0], 2.0)], built)
+    [weak] = server.begin(state, UNITS, [7], built, seed=1)
+    assert weak.names == ("h.weight", "h.bias")
+    assert torch.equal(weak.params["a.A"], values()["a.A"] + 2.0)
+
+
+def test_a_cohort_without_a_unit_is_not_asked():
+    built = method(assignment={"kind": "budget", "values": (9, 0)}, head="split")
+    state, told = begun(built, cohort=(4, 7))
+    assert [one.client for one in told] == [4]
+    assert begun(built, cohort=(7,))[1] == []
+    after, _ = server.finish(state, [], [], built)
+    assert after.round == 1
+
+
 def test_seeds_differ_by_client_round_and_run():
     built = method()
     state, told = begun(built)
@@ -89,7 +108,7 @@ def test_finish_takes_the_mean_with_plain_sgd():
     built = method()
     state, told = begun(built)
     after, refused = server.finish(state, told, [update(one, 2.0) for one in told], built)
-    assert refused == {}
+    assert refused.failed == {}
     assert after.round == 1
     assert all(torch.allclose(after.params[name], value + 2.0) for name, value in state.params.items())
 
@@ -142,7 +161,7 @@ def test_an_answer_that_does_not_fit_is_as_if_absent(fault):
         text = "shapes" if fault == "shape" else "finite"
     after, refused = server.finish(state, told, [bad, good], built)
     without, _ = server.finish(state, told, [good], built)
-    assert text in refused[bad.client]
+    assert text in refused.failed[bad.client]
     assert all(torch.equal(after.params[name], without.params[name]) for name in after.params)
 
 

@@ -1,32 +1,178 @@
-"""One gradient for the server from the clients' answers. Cost: one copy of the trainable values.
+"""One value for the server from the clients' values, name by name; plain, and robust against a few who lie.
 
-    g[n] = w[n] - sum_i p_i w_i[n] / sum_i p_i      over the clients i that were told to train n, p_i their examples
+    mean           sum_i p_i w_i / sum_i p_i        p_i the client's weight, its examples    (McMahan et al. 2017)
+    median         the middle value, by coordinate                                 (Yin et al. 2018, arXiv 1803.01498)
+    trimmed_mean   the mean without the floor(share m) lowest and highest, by coordinate                 (the same)
+    krum           the client nearest to its m - f - 2 nearest neighbours, f of m lying     (Blanchard et al. 2017)
 
-A name that nobody returned has no gradient: it keeps its value and its optimizer state. Updates are reduced in the
-order of client ids, in float64, so that the result does not depend on who answered first.
+m counts those who hold the name. The robust ones take no weights: who lies about values may lie about examples. All
+move with their inputs, so that values, differences from the old values and tables of scalars are the same to them.
+A name that nobody returned has no result: it keeps its value and its optimizer state. Clients come in the order of
+their ids, and sums are in float64, so that the result does not depend on who answered first.
+
+Cost: mean, one float64 copy of the values; median and trimmed_mean, m copies of one name; krum, m copies of one name
+and m^2 passes over the values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
+import torch
 from torch import Tensor
 
 from spryfl.types import Params, Update
 
+Aggregator = Callable[[Sequence[Params], Sequence[float]], dict[str, Tensor]]  # by client: values, weight
+
+
+class TooFewError(ValueError):
+    """Too few clients answered for what the aggregator promises: a round without a result, not the end of a run."""
+
+
+def mean() -> Aggregator:
+    """The weighted mean of each name over those who hold it.
+
+    >>> from torch import tensor
+    >>> mean()([{"a": tensor([1.0])}, {"a": tensor([5.0]), "b": tensor([2.0])}], [3, 1])
+    {'a': tensor([2.]), 'b': tensor([2.])}
+    """
+
+    def aggregate(clients: Sequence[Params], weights: Sequence[float]) -> dict[str, Tensor]:
+        total: dict[str, Tensor] = {}
+        weight: dict[str, float] = {}
+        dtype = {name: value.dtype for params in clients for name, value in params.items()}
+        for params, own in zip(clients, weights, strict=True):
+            for name, value in params.items():
+                share = value.double() * own
+                total[name] = total[name] + share if name in total else share
+                weight[name] = weight.get(name, 0.0) + own
+        return {name: (value / weight[name]).to(dtype[name]) for name, value in total.items()}
+
+    return aggregate
+
+
+def median() -> Aggregator:
+    """The middle value of each coordinate over those who hold it, the mean of the two middle ones of an even number.
+
+    Fewer than half of the holders cannot move it beyond the others' values. Of one holder it is that one's value, so
+    it protects nothing where each unit has one owner.
+
+    >>> from torch import tensor
+    >>> median()([{"a": tensor([1.0])}, {"a": tensor([2.0])}, {"a": tensor([9e9])}], [1, 1, 1])
+    {'a': tensor([2.])}
+    """
+
+    def middle(values: Tensor) -> Tensor:
+        low, high = (len(values) - 1) // 2, len(values) // 2
+        ordered = values.sort(0).values
+        return (ordered[low].double() + ordered[high]) / 2
+
+    return _by_coordinate(middle)
+
+
+def trimmed_mean(share: float = 0.2) -> Aggregator:
+    """The mean of each coordinate without its lowest and highest values.
+
+    Args:
+        share: of the m holders of a name, floor(share m) are dropped at each end, in [0, 0.5). With fewer than
+            1 / share holders that is nobody, and what is left is the plain unweighted mean.
+
+    >>> from torch import tensor
+    >>> trimmed_mean(0.25)([{"a": tensor([v])} for v in (1.0, -9e9, 3.0, 9e9)], [1, 1, 1, 1])
+    {'a': tensor([2.])}
+    """
+    if not 0 <= share < 0.5:
+        raise ValueError(
+            f"share = {share} of trimmed_mean must be at least 0 and below 0.5: it is dropped at each end."
+        )
+
+    def trimmed(values: Tensor) -> Tensor:
+        drop = int(share * len(values) + 1e-9)  # 0.29 of 100 are 29, not 28.999...
+        return values.sort(0).values[drop : len(values) - drop].double().mean(0)
+
+    return _by_coordinate(trimmed)
+
+
+def krum(byzantine: int = 1, keep: int = 1) -> Aggregator:
+    """The values of the client with the smallest sum of squared distances to its m - f - 2 nearest, over all names.
+
+    Equal sums fall to the lower id. A client is judged as a whole, so all must hold the same names.
+
+    Args:
+        byzantine: f, how many of a round may lie.
+        keep: how many of the best are taken, as their plain mean; above 1 it is Multi-Krum.
+
+    Raises:
+        TooFewError: a round with fewer than 2 f + 3 answers (or keep + f, so that those kept can all be honest) has no
+            result. A smaller f for that round would promise less than was asked for.
+        ValueError: two clients hold different names.
+
+    >>> from torch import tensor
+    >>> krum()([{"a": tensor([v])} for v in (1.0, 1.5, 9e9, 2.25, 1.75)], [1, 1, 1, 1, 1])
+    {'a': tensor([1.5000])}
+    """
+    if byzantine < 0 or keep < 1:
+        raise ValueError(
+            f"byzantine = {byzantine} and keep = {keep} of krum: byzantine must be 0 or more, keep 1 or more."
+        )
+    fewest = max(2 * byzantine + 3, keep + byzantine)
+
+    def aggregate(clients: Sequence[Params], weights: Sequence[float]) -> dict[str, Tensor]:
+        if not clients:
+            return {}
+        if any(params.keys() != clients[0].keys() for params in clients):
+            raise ValueError(
+                "krum needs every client to train the same values: assignment everyone. "
+                "Or use median or trimmed_mean, which judge each value by itself."
+            )
+        if len(clients) < fewest:
+            raise TooFewError(
+                f"krum with byzantine = {byzantine} and keep = {keep} needs {fewest} clients, {len(clients)} answered. "
+                f"Raise the cohort or lower byzantine or keep."
+            )
+        scores = _scores(clients, len(clients) - byzantine - 2)
+        best = sorted(range(len(clients)), key=lambda i: scores[i])[:keep]
+        return mean()([clients[i] for i in sorted(best)], [1.0] * keep)
+
+    return aggregate
+
+
+AGGREGATORS: dict[str, Callable[..., Aggregator]] = {
+    "mean": mean,
+    "median": median,
+    "trimmed_mean": trimmed_mean,
+    "krum": krum,
+}
+
 
 def mean_by_name(updates: Iterable[Update]) -> dict[str, Tensor]:
     """The mean of each name over those who returned it, weighted by their examples."""
-    total: dict[str, Tensor] = {}
-    weight: dict[str, float] = {}
-    for update in sorted(updates, key=lambda u: u.client):
-        for name, value in update.params.items():
-            share = value.double() * update.examples
-            total[name] = total[name] + share if name in total else share
-            weight[name] = weight.get(name, 0.0) + update.examples
-    return {name: (value / weight[name]).float() for name, value in total.items()}
+    ordered = sorted(updates, key=lambda u: u.client)
+    return mean()([update.params for update in ordered], [update.examples for update in ordered])
 
 
 def pseudo_gradient(params: Params, updates: Iterable[Update]) -> dict[str, Tensor]:
     """Old values minus the mean of the new ones, for the names that came back."""
     return {name: params[name] - value.to(params[name].device) for name, value in mean_by_name(updates).items()}
+
+
+def _by_coordinate(reduce: Callable[[Tensor], Tensor]) -> Aggregator:
+    """An aggregator from what it does to one name: `reduce` takes the holders' values, (m, *shape), to float64."""
+
+    def aggregate(clients: Sequence[Params], weights: Sequence[float]) -> dict[str, Tensor]:
+        names = dict.fromkeys(name for params in clients for name in params)
+        held = {name: [params[name] for params in clients if name in params] for name in names}
+        return {name: reduce(torch.stack(values)).float() for name, values in held.items()}
+
+    return aggregate
+
+
+def _scores(clients: Sequence[Params], nearest: int) -> list[float]:
+    """Krum's score of each client: the sum of squared distances to its `nearest` nearest others, over all names."""
+    distances = torch.zeros(len(clients), len(clients), dtype=torch.float64)
+    for name in clients[0]:
+        rows = torch.stack([params[name] for params in clients]).double().reshape(len(clients), -1)
+        distances += torch.stack([(rows - row).square().sum(1) for row in rows]).cpu()
+    # Sorted sums, without the distance 0 to oneself, do not depend on the order of clients.
+    return distances.sort(1).values[:, 1 : nearest + 1].sum(1).tolist()

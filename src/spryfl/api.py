@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from spryfl import data as source
-from spryfl import job, models, noise
+from spryfl import job, models, noise, server, tasks
 from spryfl.adapters import ADAPTERS
 from spryfl.config import Experiment, parse
 from spryfl.job import History, Job
@@ -31,9 +31,10 @@ def finetune(
     """Finetunes a language model across simulated clients.
 
     Args:
-        model: an Experiment (then nothing else of it may be given); a Hugging Face sequence classifier, which gets an
-            adapter put on it in place; a folder, hub name or alias; a section, for example
-            {"adapter": "runs/a/adapter"} to start from a saved one; nothing for the default.
+        model: an Experiment (then nothing else of it may be given); a Hugging Face model with the task's head (a
+            sequence classifier, where no task is given), which gets an adapter put on it in place; a folder, hub name
+            or alias; a section, for example {"adapter": "runs/a/adapter"} to start from a saved one; nothing for the
+            default.
         data: a `datasets.Dataset`, a `DatasetDict` with train and test, a pair (train, test), or a name as `--data`.
         tokenizer: the tokenizer of `model` where that is a module.
         reading: what the data section says beside the name: {"text": "body", "label": "stars", "max_length": 64}.
@@ -93,7 +94,8 @@ def _corpus(data: Any, experiment: Experiment) -> source.Corpus:
     train, test = data if isinstance(data, tuple) else (data, None)
     columns: dict[str, Any] = {"text": d.text, "pair": d.pair, "label": d.label, "group": d.group}
     limits: dict[str, Any] = {"test_share": d.test_share, "train_rows": d.train_rows, "test_rows": d.test_rows}
-    return source.from_datasets(train, test, **columns, **limits, seed=experiment.seed)
+    needs = tasks.build(experiment.task).needs
+    return source.from_datasets(train, test, **columns, **limits, seed=experiment.seed, needs=needs)
 
 
 def prepared(
@@ -107,10 +109,12 @@ def prepared(
     if module is None:
         return job.prepare(experiment, corpus, job.load_model(experiment, corpus.labels))
     named: Any = module.config
-    if named.num_labels != len(corpus.labels):
+    task = tasks.build(experiment.task)
+    outputs = task.outputs(corpus.labels)
+    if outputs and named.num_labels != len(outputs):
         raise ValueError(
-            f"the model has {named.num_labels} labels and the data {len(corpus.labels)} "
-            f"({', '.join(corpus.labels)}). Load the model with num_labels={len(corpus.labels)}."
+            f"the model has {named.num_labels} labels and the task {len(outputs)} "
+            f"({', '.join(outputs)}). Load the model with num_labels={len(outputs)}."
         )
     options = dict(experiment.adapter)
     model = models.prepare(
@@ -121,18 +125,19 @@ def prepared(
         source=named.name_or_path,
         seed=noise.child_seed(experiment.seed, "model"),
         device=experiment.device,
+        task=task,
     )
     return job.prepare(experiment, corpus, model)
 
 
 def _history(made: Job, folder: Path | None, on_record: Callable[[dict[str, Any]], None]) -> History:
     opened, state, progress = job.begin(made, folder)
-    records, final = [], state
+    records, final = [], server.served(state)
     with job.cancelling(opened):
         for record, latest in job.run(made, opened, state, progress):
             records.append(record)
-            final = latest
+            final = server.served(latest)
             on_record(record)
     if not made.plan.method.alone:
-        models.carry(made.model, final.params)
-    return History(records, final.params, made.model, folder)
+        models.carry(made.model, final)
+    return History(records, dict(final), made.model, folder)

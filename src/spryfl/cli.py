@@ -1,4 +1,4 @@
-"""The command line: `spryfl run | resume | methods | report | partition | evaluate | predict`.
+"""The command line: `spryfl run | compare | resume | methods | report | partition | evaluate | predict`.
 
 Whatever is wrong with what was given ends in one clear message and exit code 2; an interruption in 130. Modules that
 load torch are imported by the commands that need them, so that --help and a typo are answered at once.
@@ -6,8 +6,8 @@ load torch are imported by the commands that need them, so that --help and a typ
 
 from __future__ import annotations
 
+import contextlib
 import os
-import string
 import sys
 import warnings
 from pathlib import Path
@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+
+from spryfl.screen import Screen, Turns, classes, head, notes, shown, table
 
 if TYPE_CHECKING:
+    from spryfl.compare import Comparison
     from spryfl.config import Experiment
-    from spryfl.job import Job
 
 app = typer.Typer(
     help="Finetune language models across clients whose data stays private and whose memory is small.",
@@ -49,6 +49,7 @@ def run(
     method: Method = None,
     data: Data = None,
     model: Annotated[str | None, typer.Option(help="A local folder, a hub name, or minilm.")] = None,
+    task: Annotated[str | None, typer.Option(help="classification, prompted, question_answering ...")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run folder; made up and numbered without it.")] = None,
     rounds: Annotated[int | None, typer.Option(help="Rounds.")] = None,
     clients: Annotated[int | None, typer.Option(help="Clients in all.")] = None,
@@ -67,6 +68,7 @@ def run(
 
     flags = {
         "method.name": method,
+        "task.kind": task,
         "data.name": data,
         "data.text": text,
         "data.label": label,
@@ -79,12 +81,7 @@ def run(
         "threads": threads,
         "name": name,
     }
-    changes: dict[str, Any] = {}
-    for key, value in flags.items():
-        if value is not None:
-            changes = settings.merge(changes, settings.nested(key, value))
-    for one in set_ or []:
-        changes = settings.merge(changes, settings.assignment(one))
+    changes = _changes(flags, set_)
     if not (config or method or data or model):
         config = settings.QUICKSTART
     experiment = settings.Experiment.load(config, changes)
@@ -98,14 +95,37 @@ def run(
     _go(experiment, folder, fresh=True)
 
 
+@app.command("compare")
+def compare_(
+    config: Config = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Labels, with commas: spry,fedavg. Or those of [compare].")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds, with commas: 0,1,2. Or those of [compare].")] = None,
+    folder: Annotated[Path | None, typer.Option("--out", help="Its folder; made up without it.")] = None,
+    set_: Set = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="The table alone.")] = False,
+) -> None:
+    """Several methods on the same data, seeds and budget, by turns: one table, one picture. Again: it goes on."""
+    from spryfl import compare
+    from spryfl import config as settings
+
+    given = settings.merge(settings.read(config or settings.QUICKSTART), _changes({}, set_))
+    labels = [word.strip() for word in (methods or "").split(",") if word.strip()]
+    comparison = compare.parse(given, labels, compare.numbers(seeds or ""))
+    _compare(comparison, folder or Path("runs") / f"compare-{(config or settings.QUICKSTART).stem}", quiet)
+
+
 @app.command()
-def resume(folder: Annotated[Path, typer.Argument(help="The run's folder.")]) -> None:
-    """Go on with a run that was stopped or killed; it ends in the same bits as one that was not."""
-    from spryfl import journal
+def resume(folder: Annotated[Path, typer.Argument(help="The folder of a run or of a comparison.")]) -> None:
+    """Go on with what was stopped or killed; it ends in the same bits as if it had not been."""
+    from spryfl import compare, journal
     from spryfl.config import Experiment
 
-    opened = journal.open_folder(folder)
-    _go(Experiment.load(opened.folder / "config.toml"), folder, fresh=False)
+    if (folder / compare.FILE).is_file():
+        _compare(compare.begun(folder), folder)
+    else:
+        _go(Experiment.load(journal.open_folder(folder).folder / "config.toml"), folder, fresh=False)
 
 
 @app.command("methods")
@@ -114,7 +134,8 @@ def methods_(name: Annotated[str | None, typer.Argument(help="A row, for all its
     from spryfl.methods import METHODS, named
 
     if name is None:
-        _table(
+        table(
+            out,
             ("method", "gradient", "who trains what", "local", "server", "what it is"),
             [
                 (
@@ -131,26 +152,37 @@ def methods_(name: Annotated[str | None, typer.Argument(help="A row, for all its
         return
     row = named(name)
     out.print(f"{row.name}: {row.summary}\n{row.paper}\n")
-    _table(
+    table(
+        out,
         ("choice", "value"),
-        [(key, _shown(value)) for key, value in vars(row).items() if key not in ("summary", "paper")],
+        [(key, shown(value)) for key, value in vars(row).items() if key not in ("summary", "paper")],
     )
 
 
 @app.command()
 def report(
-    folders: Annotated[list[Path], typer.Argument(help="Run folders.")],
+    folders: Annotated[list[Path], typer.Argument(help="Run folders, or the folder of one comparison.")],
     to: Annotated[Path | None, typer.Option("--to", help="Where the picture goes.")] = None,
+    means: Annotated[
+        bool, typer.Option("--mean", help="Mean and spread of runs that differ in seed; Markdown.")
+    ] = False,
 ) -> None:
     """Runs side by side: where they differ, how they ended, and a picture."""
+    from spryfl import pictures
     from spryfl import report as reports
 
+    if len(folders) == 1 and reports.is_comparison(folders[0]):
+        _compared(folders[0], to)
+        return
     read = [reports.read(folder) for folder in folders]
+    if means:
+        print(reports.markdown(*reports.summary(reports.by_seed(read))), end="")
+        return
     if len(read) > 1:
-        _table(("setting", *(r.name for r in read)), reports.differences(read))
-    _table(*reports.rows(read))
+        table(out, ("setting", *(r.name for r in read)), reports.differences(read))
+    table(out, *reports.rows(read))
     picture = to or (folders[0] / "curves.png" if len(read) == 1 else folders[0].parent / "curves.png")
-    reports.curves(read, picture)
+    pictures.curves(read, picture)
     out.print(f"picture: {picture}", soft_wrap=True)
 
 
@@ -166,17 +198,12 @@ def partition_(
     from spryfl import config as settings
     from spryfl import job, partition
 
-    changes: dict[str, Any] = {}
-    for key, value in {"data.name": data, "partition.clients": clients, "seed": seed}.items():
-        if value is not None:
-            changes = settings.merge(changes, settings.nested(key, value))
-    for one in set_ or []:
-        changes = settings.merge(changes, settings.assignment(one))
-    experiment = settings.Experiment.load(config, changes)
+    flags = {"data.name": data, "partition.clients": clients, "seed": seed}
+    experiment = settings.Experiment.load(config, _changes(flags, set_))
     corpus = job.read(experiment)
     parts = job.deal(experiment, corpus)
-    _notes(corpus)
-    _partition(corpus, partition.statistics(parts, corpus.train.label, len(corpus.labels)))
+    notes(out, corpus)
+    classes(out, corpus.labels, partition.statistics(parts, corpus.train.label, len(corpus.labels)))
 
 
 @app.command()
@@ -189,25 +216,31 @@ def evaluate(
     device: Annotated[str, typer.Option(help="cpu, cuda, mps ...")] = "cpu",
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
 ) -> None:
-    """Accuracy of a run or an adapter on any labelled file."""
-    from spryfl import data, job, models, tasks
+    """What a run or an adapter reaches on any file of its task: accuracy, or the task's other numbers, and the loss."""
+    from spryfl import data, job, models
 
     folder, card = _adapter(what)
-    examples = data.read_labelled(file, tuple(card["labels"]), text=text, pair=pair, label=label)
     model = models.open_adapter(folder, trust_remote_code, device)
-    rows = tasks.encode(model.tokenizer, examples, card["max_length"])
-    right, count, total = models.score(model, model.params, job.scoring(rows, range(len(rows.labels)), model))
-    out.print(f"accuracy {right / count:.4f} ({right} of {count}), loss {total / count:.4f}; {rows.cut} texts were cut")
+    names = {"text": text, "pair": pair, "label": label}
+    examples = data.read_labelled(file, model.labels, **names, needs=model.task.needs)
+    rows = model.task.encode(model.tokenizer, examples, card["max_length"])
+    count = len(rows.labels)
+    metrics, loss = models.score(model, model.params, rows, job.scoring(rows, range(count), model))
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in {**metrics, "loss": loss}.items())
+    out.print(f"{shown} on {count} rows; {rows.cut} texts were cut")
 
 
 @app.command()
 def predict(
     what: Annotated[Path, typer.Argument(help="A run folder or an adapter folder.")],
     texts: Annotated[list[str] | None, typer.Argument(help="Texts; without any, lines of standard input.")] = None,
+    pair: Annotated[str | None, typer.Option(help="The second text of each: a context, a hypothesis.")] = None,
+    with_: Annotated[list[str] | None, typer.Option("--with", help="What else it reads: --with word=plant.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, mps ...")] = "cpu",
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
 ) -> None:
-    """Labels with their names and probabilities for lines of text."""
+    """The task's answer to lines of text: a class with all probabilities, a span of the context, a perplexity."""
+    from spryfl import config as settings
     from spryfl import models, tasks
     from spryfl.data.examples import Examples
 
@@ -216,13 +249,16 @@ def predict(
     if not lines:
         raise ValueError("no text to predict: give texts as arguments, or lines on standard input.")
     model = models.open_adapter(folder, trust_remote_code, device)
-    rows = tasks.encode(model.tokenizer, Examples(tuple(lines), None, (0,) * len(lines), None), card["max_length"])
+    given = {key: value for one in with_ or [] for key, value in settings.assignment(one).items()}
+    extra = {key: (value,) * len(lines) for key, value in given.items()}
+    pairs = None if pair is None else (pair,) * len(lines)
+    examples = Examples(tuple(lines), pairs, (0,) * len(lines), None, extra)
+    rows = model.task.encode(model.tokenizer, examples, card["max_length"])
     for start in range(0, len(lines), 64):
         chosen = range(start, min(start + 64, len(lines)))
-        answers = models.logits(model, model.params, tasks.collate(rows, chosen, model.device)).softmax(-1)
-        for i, shares in zip(chosen, answers.tolist(), strict=True):
-            best = sorted(zip(shares, model.labels, strict=True), reverse=True)
-            print("\t".join([best[0][1], " ".join(f"{name}={share:.3f}" for share, name in best), lines[i]]))
+        answers = models.answers(model, model.params, tasks.collate(rows, chosen, model.device))
+        for i, answer in zip(chosen, answers, strict=True):
+            print(f"{model.task.say(answer, rows.labels[i], model.labels)}\t{lines[i]}")
 
 
 def _go(experiment: Experiment, folder: Path, fresh: bool) -> None:
@@ -230,7 +266,6 @@ def _go(experiment: Experiment, folder: Path, fresh: bool) -> None:
     import torch
 
     from spryfl import api, job
-    from spryfl.screen import Screen
 
     if experiment.threads:
         torch.set_num_threads(experiment.threads)
@@ -239,8 +274,8 @@ def _go(experiment: Experiment, folder: Path, fresh: bool) -> None:
         opened, state, progress = job.begin(made, folder) if fresh else job.resume(made, folder)
     try:
         with job.cancelling(opened):
-            _head(made, folder)
-        with job.cancelling(opened), Screen(out, made.plan.rounds) as screen:
+            head(out, made, folder)
+        with job.cancelling(opened), Screen(out, made.plan.rounds, made.plan.metric) as screen:
             for record, _ in job.run(made, opened, state, progress):
                 screen.show(record)
     except KeyboardInterrupt:
@@ -249,42 +284,60 @@ def _go(experiment: Experiment, folder: Path, fresh: bool) -> None:
     _tail(folder)
 
 
-def _head(made: Job, folder: Path) -> None:
-    """Before the first round: what is about to happen."""
-    from spryfl import train
-    from spryfl.methods import METHODS
+def _compare(comparison: Comparison, folder: Path, quiet: bool = False) -> None:
+    """Runs a comparison, with what the screen shows."""
+    from spryfl import compare
 
-    e, m = made.experiment, made.model
-    adapter = sum(u.size for u in m.units if not u.head)
-    head = sum(u.size for u in m.units if u.head)
-    _notes(made.corpus)
-    rows, test = made.rows, made.test
-    cut = f"; {rows.cut} and {test.cut} texts were cut at {e.data.max_length} tokens" if rows.cut + test.cut else ""
-    out.print(f"data    {len(rows.labels)} training rows, {len(test.labels)} test rows, {len(m.labels)} classes{cut}")
-    units = sum(not u.head for u in m.units)
-    out.print(f"model   {e.model.name}: {adapter} adapter values in {units} units, {head} in the head")
-    down, up = (4 * values / 1e3 for values in train.predicted(made.plan))
-    out.print(f"clients {made.plan.clients}, {made.plan.cohort} a round, {made.plan.rounds} rounds")
-    out.print(f"traffic {down:.0f} kB down and {up:.0f} kB up a round, predicted, without the messages' headers")
-    row = METHODS.get(e.method.name)
-    changed = [
-        f"{key} {_shown(value)} (row: {_shown(getattr(row, key))})"
-        for key, value in vars(e.method).items()
-        if row and not _same(value, getattr(row, key))
-    ]
-    out.print(f"method  {e.method.name}" + (f", but {'; '.join(changed)}" if changed else ""), soft_wrap=True)
-    out.print(f"folder  {folder}\n", soft_wrap=True)
+    each = f"{len(comparison.labels)} methods x {len(comparison.seeds)} seeds"
+    screen = Turns(Console(quiet=True) if quiet else out, comparison.labels, compare.metric(comparison))
+    try:
+        if not quiet:
+            out.print(f"folder  {folder}: {each}\n", soft_wrap=True)
+        with contextlib.closing(compare.turns(comparison, folder)) as turns, screen:
+            for turn in turns:
+                screen.show(*turn)
+    except KeyboardInterrupt:
+        err.print(f"\nstopped; the finished rounds are safe. Go on with: spryfl resume {folder}", soft_wrap=True)
+        raise typer.Exit(130) from None
+    _compared(folder)
+
+
+def _compared(folder: Path, to: Path | None = None) -> None:
+    """The table and the picture of a comparison as it stands, written and shown."""
+    from spryfl import pictures
+    from spryfl import report as reports
+
+    compared = reports.write_tables(folder)
+    pictures.comparison(compared, to or folder / "compare.png")
+    table(out, *reports.summary(compared.groups))
+    said = [f"note    {line}" for line in reports.notes(compared)]
+    places = [f"table   {folder / 'table.md'}", f"picture {to or folder / 'compare.png'}"]
+    out.print("\n".join(said + places), soft_wrap=True)
+
+
+def _changes(flags: dict[str, Any], set_: list[str] | None) -> dict[str, Any]:
+    """The flags that were given and every --set, nested."""
+    from spryfl import config as settings
+
+    changes: dict[str, Any] = {}
+    for key, value in flags.items():
+        if value is not None:
+            changes = settings.merge(changes, settings.nested(key, value))
+    for one in set_ or []:
+        changes = settings.merge(changes, settings.assignment(one))
+    return changes
 
 
 def _tail(folder: Path) -> None:
     """After the last round: what was learned, where it lies, what to try next."""
+    from spryfl import pictures
     from spryfl import report as reports
 
     run_ = reports.read(folder)
-    reports.curves([run_], folder / "curves.png")
-    first, last = reports.scored(run_)[0], reports.scored(run_)[-1]
+    pictures.curves([run_], folder / "curves.png")
+    name, (first, *_, last) = reports.metric(run_), reports.scored(run_) * 2
     out.print(
-        f"\naccuracy on the untouched test rows: {first['accuracy']:.4f} before, {last['accuracy']:.4f} after "
+        f"\n{name} on the untouched test rows: {first[name]:.4f} before, {last[name]:.4f} after "
         f"{run_.records[-1]['round']} rounds (best {last['best']:.4f} in round {last['best_round']})",
         soft_wrap=True,
     )
@@ -309,50 +362,6 @@ def _free(folder: Path) -> Path:
     """The folder itself, or the first numbered one beside it that is free."""
     candidates = [folder, *(folder.with_name(f"{folder.name}-{i}") for i in range(2, 10_000))]
     return next(one for one in candidates if not one.exists())
-
-
-def _notes(corpus: Any) -> None:
-    for line in corpus.notes:
-        out.print(f"note    {line}", soft_wrap=True)
-
-
-def _same(given: Any, row: Any) -> bool:
-    """Whether a choice is the row's: an option that the row leaves at its default does not count as another."""
-    if isinstance(row, dict):
-        return all(given.get(key) == value for key, value in row.items())
-    return given == row
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, dict):
-        options = ", ".join(f"{key}={item}" for key, item in value.items() if key != "kind")
-        return f"{value['kind']}({options})"
-    return str(value)
-
-
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    table = Table(*head, box=None, header_style="bold", pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
-    out.print(table)
-
-
-def _partition(corpus: Any, statistics: Any) -> None:
-    """A bar of classes for each client."""
-    shades = ("cyan", "magenta", "yellow", "green", "blue", "red", "white")
-    letters = string.ascii_uppercase + string.ascii_lowercase
-    signs = [(letters[c % len(letters)], shades[c % len(shades)]) for c in range(len(corpus.labels))]
-    for client, counts in enumerate(statistics.counts):
-        widths = [round(60 * n / statistics.largest) for n in counts]
-        bar = [(sign * width, shade) for (sign, shade), width in zip(signs, widths, strict=True)]
-        out.print(Text.assemble(f"{client:4d} {sum(counts):6d} ", *bar), soft_wrap=True)
-    names = [(f"{sign} {name}  ", shade) for (sign, shade), name in zip(signs, corpus.labels, strict=True)]
-    out.print(Text.assemble("\n", *names), soft_wrap=True)
-    out.print(
-        f"{statistics.smallest} to {statistics.largest} rows a client, median {statistics.median:g}; mean distance of "
-        f"a client's classes from the whole {statistics.distance:.2f} (0: alike, near 1: one class each)",
-        soft_wrap=True,
-    )
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, Self, get_type_hints
+from typing import Any, Literal, Self, get_origin, get_type_hints
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
@@ -21,11 +21,15 @@ from spryfl import methods
 from spryfl.adapters import ADAPTERS
 from spryfl.methods import METHODS, REGISTRIES, Method
 from spryfl.partition import PARTITIONS
+from spryfl.tasks import TASKS, Task
+from spryfl.tasks import build as build_task
 
 SCHEMA = 1
 _NAMING = ("kind", "name")  # a section that gives another one starts anew
 _PROSE = ("summary", "paper")  # of a method: said of it, not chosen
-_STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+_OWN_METHOD = ("estimator", "assignment", "local_optimizer", "server_optimizer")  # what one of one's own must choose
+_STRICT = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)  # true is no 1, "10" no 10
+_WRITTEN = {"int_type": "3", "float_type": "0.5", "bool_type": "true or false", "string_type": '"a text"'}  # in TOML
 _DEFAULT_METHOD = "spry"
 QUICKSTART = Path(__file__).with_name("quickstart.toml")  # what `spryfl run` does without arguments
 
@@ -83,6 +87,9 @@ class TrainSection(BaseModel):
     steps: int = Field(10, ge=0)  # local batches a round
     eval_every: int = Field(6, ge=1)  # rounds
     patience: int = Field(0, ge=0)  # stop after so many evaluations without a better one; 0 = never
+    max_passes: int = Field(0, ge=0)  # end with the round that reaches it: value + tangent + backward; 0 = no limit
+    max_megabytes: float = Field(0.0, ge=0)  # the same, up and down, 1e6 bytes
+    max_seconds: float = Field(0.0, ge=0)  # the same, of rounds and evaluations
     drop_clients: float = Field(0.0, ge=0, lt=1)  # simulated share of clients that do not answer
     dropout: bool = False  # the model's own dropout layers while training
     keep_prefix: float = Field(0.0, ge=0)  # MB of hidden states kept over a client's local epochs; batches then stay
@@ -102,6 +109,7 @@ class Experiment(BaseModel):
     device: str = "cpu"
     threads: int = Field(0, ge=0)  # 0 = PyTorch's choice
     model: ModelSection = ModelSection()
+    task: dict[str, Any] = {"kind": "classification"}
     data: DataSection = DataSection()
     partition: PartitionSection = PartitionSection()
     adapter: dict[str, Any] = {"kind": "lora"}
@@ -125,9 +133,9 @@ class Experiment(BaseModel):
             raise ValueError(f"method = {value!r}: give a section or a name, one of: {', '.join(METHODS)}.")
         return _method({"name": _DEFAULT_METHOD, **value})
 
-    @field_validator("adapter", mode="before")
+    @field_validator("adapter", "task", mode="before")
     @classmethod
-    def _full_adapter(cls, value: Any) -> Any:
+    def _full_choice(cls, value: Any) -> Any:
         return _spelled("adapter", value)
 
     @model_validator(mode="after")
@@ -138,14 +146,15 @@ class Experiment(BaseModel):
                 f'[adapter] has no effect with model.adapter = "{self.model.adapter}": that one is loaded as it is. '
                 f"Remove one of them."
             )
-        kind = {"kind": "natural" if self.data.name == "docstrings" or self.data.group else "dirichlet"}
-        if kind["kind"] == "dirichlet":
-            kind["alpha"] = 1.0  # type: ignore[assignment]
-        split = resolve("partition.split", PARTITIONS, self.partition.split or kind)
+        task = resolve("task", TASKS, self.task)
+        made = build_task(task)
+        split = resolve("partition.split", PARTITIONS, self.partition.split or _usual_split(self.data, made))
         _consistent(self)
+        _fitting(self, made, split)
         train = _settled(self)
         name = self.name or f"{self.method.name}-{Path(self.data.name).stem}"
         # The record is frozen for its users; here it is still being made.
+        object.__setattr__(self, "task", task)
         object.__setattr__(self, "adapter", adapter)
         object.__setattr__(self, "partition", self.partition.model_copy(update={"split": split}))
         object.__setattr__(self, "train", train)
@@ -155,11 +164,12 @@ class Experiment(BaseModel):
     @classmethod
     def load(cls, path: str | Path | None = None, changes: Mapping[str, Any] | None = None) -> Experiment:
         """Reads a TOML file (or nothing) with changes as a nested mapping; one ValueError says all that is wrong."""
-        return parse(merge(_read(path) if path else {}, changes or {}))
+        return parse(merge(read(path) if path else {}, changes or {}))
 
     def as_dict(self) -> dict[str, Any]:
         """Everything resolved, as plain values."""
         out = self.model_dump(by_alias=True, exclude={"method"})
+        out["task"] = _named(self.task)
         out["method"] = {key: _named(value) for key, value in asdict(self.method).items() if key not in _PROSE}
         return out
 
@@ -237,16 +247,18 @@ def _checked(what: str, kind: str, builder: Callable[..., Any], options: dict[st
     # The head policy is one setting for all estimators, method.head; it sets this argument.
     arguments = {n: p for n, p in signature.parameters.items() if n != "exact_head"}
     fields: dict[str, Any] = {n: (p.annotation, p.default) for n, p in arguments.items()}
-    values = _typed(fields, options, f"{what} ({kind})")
+    values = typed(fields, options, f"{what} ({kind})")
     builder(**values)
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
-def _typed(fields: dict[str, Any], given: Mapping[str, Any], where: str) -> dict[str, Any]:
+def typed(fields: dict[str, Any], given: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The values of fields (name -> type and default), of the right types; unknown names are errors."""
     schema = create_model("Given", __config__=_STRICT, **fields)
+    tuples = {name for name, (type_, _) in fields.items() if get_origin(type_) is tuple}  # TOML has lists alone
+    values = {key: tuple(value) if key in tuples and isinstance(value, list) else value for key, value in given.items()}
     try:
-        return schema(**given).model_dump()
+        return schema(**values).model_dump()
     except ValidationError as error:
         raise ValueError("\n".join(_told(one, schema, where) for one in error.errors())) from None
 
@@ -254,10 +266,10 @@ def _typed(fields: dict[str, Any], given: Mapping[str, Any], where: str) -> dict
 def _method(given: Mapping[str, Any]) -> Method:
     """A row of the table with changes; a choice keeps the row's options unless it is given another kind.
 
-    Another name than a row's is a method of one's own if it makes every choice itself.
+    Another name than a row's is a method of one's own if it makes the main choices itself.
     """
     name = given["name"]
-    if not isinstance(name, str) or (name not in METHODS and not set(REGISTRIES) <= set(given)):
+    if not isinstance(name, str) or (name not in METHODS and not set(_OWN_METHOD) <= set(given)):
         near = _nearest(str(name), METHODS)
         raise ValueError(f'method "{name}" is unknown{near}. Possible: {", ".join(METHODS)}.')
     row = vars(METHODS.get(name) or Method(name))
@@ -280,7 +292,7 @@ def _resolved(given: Mapping[str, Any]) -> Method:
     choices: Any = {what: resolve(f"method.{what}", registry, given[what]) for what, registry in REGISTRIES.items()}
     types = get_type_hints(Method)
     plain = {key: value for key, value in given.items() if key not in REGISTRIES}
-    made = Method(**_typed({key: (types[key], ...) for key in plain}, plain, "method"), **choices)
+    made = Method(**typed({key: (types[key], ...) for key in plain}, plain, "method"), **choices)
     methods.build(made)
     return made
 
@@ -298,6 +310,8 @@ def _consistent(experiment: Experiment) -> None:
         raise ValueError("train.keep_prefix has no effect with one local epoch: no batch comes twice. Remove it.")
     if train.keep_prefix and train.dropout:
         raise ValueError("train.keep_prefix has no effect with train.dropout: the masks change. Remove one of them.")
+    if experiment.method.gate and train.steps == 1:
+        raise ValueError("method.gate needs a variance, and one local batch has none: set train.steps to 2 or more.")
     if not train.steps and not train.epochs:
         raise ValueError("train.epochs = 0 and train.steps = 0: no local training. Set one of them.")
     if experiment.method.assignment["kind"] == "nobody" and experiment.method.head == "split":
@@ -306,15 +320,42 @@ def _consistent(experiment: Experiment) -> None:
         raise ValueError("data.test_share has no effect with data.test (a file of test rows). Remove one.")
 
 
+def _usual_split(data: DataSection, task: Task) -> dict[str, Any]:
+    """The partition where none is given: by groups, else unevenly by classes, else evenly."""
+    if data.name == "docstrings" or data.group:
+        return {"kind": "natural"}
+    return {"kind": "dirichlet", "alpha": 1.0} if task.needs.label else {"kind": "iid"}
+
+
+def _fitting(experiment: Experiment, task: Task, split: Mapping[str, Any]) -> None:
+    """What a task's rows or head cannot give."""
+    kind = experiment.task["kind"]
+    if split["kind"] == "dirichlet" and not task.needs.label:
+        raise ValueError(
+            f'partition.split.kind = "dirichlet" has no effect with task "{kind}": its rows have no classes. '
+            f'Use "iid", or "natural" with data.group.'
+        )
+    if experiment.data.label and not task.needs.label:
+        raise ValueError(f'data.label has no effect with task "{kind}": its rows have no classes. Remove it.')
+    if experiment.method.assignment["kind"] == "nobody" and not task.head:
+        raise ValueError(
+            f'method.assignment "nobody" trains the head alone, and task "{kind}" keeps the pretrained head: nothing '
+            f"would be left to train. Use another assignment."
+        )
+
+
 def _settled(experiment: Experiment) -> TrainSection:
     """The rounds, with what follows from other settings: epochs take the place of steps, few clients make a cohort."""
     train, given = experiment.train, experiment.train.model_fields_set
     cohort = train.cohort if "cohort" in given else min(train.cohort, experiment.partition.clients)
     steps = 0 if train.epochs else train.steps
+    if experiment.method.local_optimizer["kind"] == "none" and "steps" not in given:
+        steps = 0 if train.epochs else 1  # a gradient a round, unless more batches are asked for
     return train.model_copy(update={"cohort": cohort, "steps": steps})
 
 
-def _read(path: str | Path) -> dict[str, Any]:
+def read(path: str | Path) -> dict[str, Any]:
+    """A TOML file as it stands, nothing checked."""
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -340,7 +381,9 @@ def _told(error: Any, model: type[BaseModel], where: str = "") -> str:
         return f"{place} = {error['input']!r}: it is a section, [{place}]. Its keys: {', '.join(_keys(model, path))}."
     if error["type"] == "dict_type":
         return f"{place} = {error['input']!r}: it is a section, [{place}], with a kind."
-    return f"{place} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}."
+    said = error["msg"].replace("tuple", "list")
+    written = f", written as {_WRITTEN[error['type']]}" if error["type"] in _WRITTEN else ""
+    return f"{place} = {error['input']!r}: {said[0].lower()}{said[1:]}{written}."
 
 
 def _keys(model: type[BaseModel], path: Iterable[str]) -> list[str]:

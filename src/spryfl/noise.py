@@ -182,6 +182,6 @@ def expand(terms: Iterable[Directional], like: Params) -> dict[str, Tensor]:
         drawn = stack([term.seed for term in own], {name: like[name] for name in block}, distribution)
         for name, values in drawn.items():
             for term, value in zip(own, values, strict=True):
-                step = value * term.coefficient
+                step = value.to(like[name].dtype) * term.coefficient
                 total[name] = total[name] + step if name in total else step
     return total

@@ -30,6 +30,7 @@ class Optimizer(NamedTuple):
 
     init: Callable[[Params], dict[str, dict[str, Tensor]]]
     step: Callable[..., tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]]
+    rate: float | None = None  # lr, where a step is w - lr scale g and nothing else: such steps may be summed
 
 
 def _by_leaf(init: Callable[[Tensor], Leaf], step: Callable[[Tensor, Tensor, Leaf, float], Tensor]) -> Optimizer:
@@ -66,7 +67,7 @@ def sgd(lr: float = 1.0, momentum: float = 0.0) -> Optimizer:
             leaf["m"] = grad = momentum * leaf["m"] + grad
         return value - (lr * scale) * grad
 
-    return _by_leaf(init, step)
+    return _by_leaf(init, step)._replace(rate=None if momentum else lr)
 
 
 def adamw(
@@ -129,6 +130,11 @@ def yogi(lr: float = 1e-2, beta1: float = 0.9, beta2: float = 0.99, tau: float =
     return _adaptive(lr, beta1, tau, v0, lambda v, square: v - (1 - beta2) * square * torch.sign(v - square))
 
 
+def none() -> None:
+    """No local step: the client answers with the mean of its gradients at the values that it was sent."""
+    return
+
+
 def _check(**values: float) -> None:
     """Learning rates and tau positive or zero, betas and momentum in [0, 1)."""
     for name, value in values.items():
@@ -144,6 +150,8 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adam": adam,
     "yogi": yogi,
 }
+
+LOCAL: dict[str, Callable[..., Optimizer | None]] = {**OPTIMIZERS, "none": none}
 
 # A schedule maps the share of rounds done, in [0, 1), to a factor on the local learning rate.
 SCHEDULES: dict[str, Callable[[float], float]] = {

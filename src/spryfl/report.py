@@ -1,18 +1,22 @@
-"""Run folders as tables and pictures. Reads result files alone and imports nothing of the package.
+"""Run folders and comparisons as tables. Reads result files alone and imports nothing of the package.
 
-Cost: a second for a picture.
+    rows(runs)          a row a run
+    summary(groups)     a row a group of runs that differ in seed: mean ± sample standard deviation
+    write_tables(out)   table.md and table.json of a folder that `spryfl compare` made
+
+Cost: reading the files.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any, NamedTuple
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 Record = dict[str, Any]
 
@@ -26,12 +30,7 @@ class Run(NamedTuple):
     records: list[Record]
 
 
-# Horizontal axes of the picture: title, and what of a record it is.
-_AXES: tuple[tuple[str, Callable[[Record], float]], ...] = (
-    ("rounds", lambda r: r["round"]),
-    ("MB up and down", lambda r: (r["bytes_up"] + r["bytes_down"]) / 1e6),
-    ("seconds", lambda r: r["seconds"]),
-)
+Groups = Mapping[str, Sequence[Run]]  # runs that differ in seed, by what they have in common
 
 
 def read(folder: Path) -> Run:
@@ -50,71 +49,254 @@ def read(folder: Path) -> Run:
         raise ValueError(f"a file of {folder} is damaged: {error}.") from None
 
 
+def metric(run: Run) -> str:
+    """The name of the number by which the run's models are compared."""
+    return run.facts.get("metric", "accuracy")
+
+
 def scored(run: Run) -> list[Record]:
     """The records at which the test rows were scored."""
-    return [record for record in run.records if "accuracy" in record]
+    return [record for record in run.records if metric(run) in record]
+
+
+# What of a record lies along a picture, or stands in a table: its name, and how it is made.
+ALONG: dict[str, Callable[[Record], float]] = {
+    "rounds": lambda r: r["round"],
+    "passes": lambda r: r["value_passes"] + r["tangent_passes"] + r["backward_passes"],
+    "MB up and down": lambda r: (r["bytes_up"] + r["bytes_down"]) / 1e6,
+    "seconds": lambda r: r["seconds"],
+}
+_OWN = "personal_after"
+
+
+class Column(NamedTuple):
+    """A number of a run in a table; None where it has none."""
+
+    name: str
+    digits: int
+    of: Callable[[Run], float | None]
+
+
+_COLUMNS = (
+    Column("round", 0, lambda run: run.records[-1]["round"]),
+    Column("METRIC", 4, lambda run: scored(run)[-1][metric(run)]),
+    Column("best", 4, lambda run: run.records[-1]["best"]),
+    Column("personal", 4, lambda run: next((r[_OWN] for r in reversed(run.records) if _OWN in r), None)),
+    Column("MB up", 2, lambda run: run.records[-1]["bytes_up"] / 1e6),
+    Column("MB down", 2, lambda run: run.records[-1]["bytes_down"] / 1e6),
+    Column("passes", 0, lambda run: ALONG["passes"](run.records[-1])),
+    Column("peak MB", 1, lambda run: peak(run)),
+    Column("seconds", 0, lambda run: run.records[-1]["seconds"]),
+    Column("failed", 0, lambda run: sum(len(record.get("failed", {})) for record in run.records)),
+)
+
+
+def peak(run: Run) -> float | None:
+    """The most that a client's step held above the model, in MB."""
+    return max((record.get("peak_bytes", 0) for record in run.records), default=0) / 1e6 or None
+
+
+def columns(runs: Sequence[Run]) -> list[Column]:
+    """The columns of these runs, under the name of their metric."""
+    names = {metric(run) for run in runs}
+    own = next(iter(names)) if len(names) == 1 else "metric"
+    return [column._replace(name=own) if column.name == "METRIC" else column for column in _COLUMNS]
+
+
+def values(column: Column, runs: Sequence[Run]) -> list[float]:
+    """A column's numbers, of the runs that have one; a run without a first record has none."""
+    return [value for run in runs if scored(run) and (value := column.of(run)) is not None]
 
 
 def rows(runs: Sequence[Run]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """A table of runs: its head, and a row each."""
-    head = ("run", "state", "round", "accuracy", "best", "personal", "MB up", "MB down", "passes", "peak MB", "seconds")
-    return head, [_row(run) for run in runs]
+    shown = columns(runs)
+    return ("run", "state", *(one.name for one in shown)), [
+        (run.name, run.facts["state"], *(_cell(one, values(one, [run])) for one in shown)) for run in runs
+    ]
 
 
-def _row(run: Run) -> tuple[str, ...]:
-    if not scored(run):  # killed before its first record
-        return (run.name, run.facts["state"], *("-",) * 9)
-    last, at = run.records[-1], scored(run)[-1]
-    passes = last["value_passes"] + last["tangent_passes"] + last["backward_passes"]
-    peak = max(record.get("peak_bytes", 0) for record in run.records)
-    personal = [record["personal_after"] for record in run.records if "personal_after" in record]
-    return (
-        run.name,
-        run.facts["state"],
-        str(last["round"]),
-        f"{at['accuracy']:.4f}",
-        f"{last['best']:.4f}",
-        f"{personal[-1]:.4f}" if personal else "-",
-        f"{last['bytes_up'] / 1e6:.2f}",
-        f"{last['bytes_down'] / 1e6:.2f}",
-        str(passes),
-        f"{peak / 1e6:.1f}",
-        f"{last['seconds']:.0f}",
-    )
+def summary(groups: Groups) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """A table of groups: mean ± sample standard deviation over the runs of each; "-" where nothing is known."""
+    shown = columns([run for runs in groups.values() for run in runs])
+    table = [
+        (label, str(len(runs)), _state(runs), *(_cell(one, values(one, runs)) for one in shown))
+        for label, runs in groups.items()
+    ]
+    return ("runs", "seeds", "state", *(one.name for one in shown)), table
+
+
+def _cell(column: Column, found: Sequence[float]) -> str:
+    """A mean, with its spread where there is one to be seen; that of the metric always."""
+    if not found:
+        return "-"
+    spread = f"{stdev(found):.{column.digits}f}" if len(found) > 1 else ""
+    shown = spread and (float(spread) or column.digits == 4)
+    return f"{mean(found):.{column.digits}f}" + (f" ± {spread}" if shown else "")
+
+
+def _state(runs: Sequence[Run]) -> str:
+    complete = sum(run.facts["state"] == "complete" for run in runs)
+    return "complete" if runs and complete == len(runs) else f"{complete} of {len(runs)} complete"
+
+
+def by_seed(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Runs that differ in name and seed alone, together; the name is that of the first without its number."""
+    names: dict[str, str] = {}
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        rest = json.dumps({key: value for key, value in run.config.items() if key not in ("name", "seed")})
+        name = re.sub(r"-(seed)?\d+$", "", run.name)
+        groups.setdefault(names.setdefault(rest, name if name not in groups else run.name), []).append(run)
+    return groups
 
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, ...]]:
     """Settings in which the runs differ: the key, then each run's value."""
-    flat = [_flat(run.config) for run in runs]
-    keys = sorted({key for one in flat for key in one} - {"name"})
+    settings = [flat(run.config) for run in runs]
+    keys = sorted({key for one in settings for key in one} - {"name"})
     return [
-        (key, *(str(one.get(key, "-")) for one in flat)) for key in keys if len({str(f.get(key)) for f in flat}) > 1
+        (key, *(str(one.get(key, "-")) for one in settings))
+        for key in keys
+        if len({str(one.get(key)) for one in settings}) > 1
     ]
 
 
-def curves(runs: Sequence[Run], path: Path) -> None:
-    """Accuracy on the test rows and training loss, against rounds, bytes and seconds."""
-    figure = Figure(figsize=(11, 6), layout="constrained")
-    grid = figure.subplots(2, len(_AXES), sharey="row")
-    for column, (title, along) in enumerate(_AXES):
-        for run in runs:
-            _line(grid[0][column], run.name, along, scored(run), "accuracy")
-            _line(grid[1][column], run.name, along, [r for r in run.records if r.get("loss") is not None], "loss")
-        grid[1][column].set_xlabel(title)
-    grid[0][0].set_ylabel("accuracy on the test rows")
-    grid[1][0].set_ylabel("training loss")
-    grid[0][0].legend(frameon=False)
-    figure.savefig(path, dpi=110)
-
-
-def _line(axes: Axes, name: str, along: Callable[[Record], float], records: Sequence[Record], what: str) -> None:
-    axes.plot([along(r) for r in records], [r[what] for r in records], marker="o", markersize=3, label=name)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one mapping: {"train": {"rounds": 3}} is {"train.rounds": 3}."""
     out: dict[str, Any] = {}
     for key, value in config.items():
-        out.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+        out.update(flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value})
+    return out
+
+
+class Compared(NamedTuple):
+    """What a comparison's folder holds: its TOML, and the runs that are there."""
+
+    name: str
+    given: dict[str, Any]
+    groups: dict[str, list[Run]]  # in the order of the labels; each in the order of the seeds
+
+    @property
+    def runs(self) -> list[Run]:
+        return [run for runs in self.groups.values() for run in runs]
+
+
+def is_comparison(folder: Path) -> bool:
+    """Whether `spryfl compare` made this folder."""
+    return (folder / "compare.toml").is_file()
+
+
+def read_comparison(folder: Path) -> Compared:
+    """The runs of a comparison, as far as they have begun."""
+    given = tomllib.loads((folder / "compare.toml").read_text(encoding="utf-8"))
+    labels, seeds = given["compare"]["methods"], given["compare"]["seeds"]
+    folders = {label: [folder / f"{label}-seed{seed}" for seed in seeds] for label in labels}
+    groups = {label: [read(one) for one in own if one.exists()] for label, own in folders.items()}
+    return Compared(folder.resolve().name, given, groups)
+
+
+def write_tables(folder: Path) -> Compared:
+    """Writes table.md and table.json from the runs as they stand."""
+    compared = read_comparison(folder)
+    facts = _as_json(compared)
+    _write(folder / "table.json", json.dumps(facts, indent=1) + "\n")
+    _write(folder / "table.md", _as_markdown(compared, facts))
+    return compared
+
+
+def _write(path: Path, text: str) -> None:
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def _as_json(compared: Compared) -> dict[str, Any]:
+    """Every number of the table by run and by method, with what a result must carry."""
+    where = [
+        {key: run.facts[key] for key in ("versions", "hardware", "threads", "commit", "data")} for run in compared.runs
+    ]
+    return {
+        "schema": 1,
+        "state": _total(compared),
+        "metrics": sorted({metric(run) for run in compared.runs}),
+        "seeds": compared.given["compare"]["seeds"],
+        "config": compared.given,
+        "made_with": [one for i, one in enumerate(where) if one not in where[:i]],
+        "started": min((run.facts["started"] for run in compared.runs), default=None),
+        "ended": max((run.facts.get("ended", "") for run in compared.runs), default="") or None,
+        "methods": {label: _numbers(runs) for label, runs in compared.groups.items()},
+    }
+
+
+def _total(compared: Compared) -> str:
+    made, asked = compared.runs, compared.given["compare"]
+    complete = sum(run.facts["state"] == "complete" for run in made)
+    expected = len(asked["methods"]) * len(asked["seeds"])
+    return "complete" if complete == expected else f"{complete} of {expected} runs complete"
+
+
+def _numbers(runs: Sequence[Run]) -> dict[str, Any]:
+    """Mean, sample standard deviation and each run's value of every column."""
+    out: dict[str, Any] = {"mean": {}, "sd": {}, "runs": []}
+    for column in columns(runs):
+        found = values(column, runs)
+        out["mean"][column.name] = mean(found) if found else None
+        out["sd"][column.name] = stdev(found) if len(found) > 1 else None
+    for run in runs:
+        own = {column.name: next(iter(values(column, [run])), None) for column in columns(runs)}
+        last = run.records[-1] if run.records else {}
+        kinds = {key: value for key, value in last.items() if key.endswith("_passes")}
+        out["runs"].append({"run": run.name, "seed": run.config["seed"], "state": run.facts["state"], **own, **kinds})
+    return out
+
+
+def markdown(head: Sequence[str], table: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    return "".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *table))
+
+
+_LEGEND = """\
+Mean ± sample standard deviation over the seeds. {metric}: the last evaluation on the test rows; best: the highest on
+the same rows, so it flatters. Passes: value + tangent + backward passes of one batch, all clients, each counted as one.
+MB: those of the messages, all clients. Peak: what a client's first step of a round held above the model. Seconds: a
+run's own rounds and evaluations; the runs of a seed took turns in one process, a round each. Failed: answers that never
+came or were refused.
+"""
+
+
+def _as_markdown(compared: Compared, facts: Mapping[str, Any]) -> str:
+    """The table, what its columns mean, and where it was made."""
+    lines = [
+        f"# {compared.name}\n",
+        markdown(*summary(compared.groups)),
+        _LEGEND.format(metric=", ".join(facts["metrics"])),
+    ]
+    lines += [f"- {note}" for note in notes(compared)] + [""] * bool(notes(compared))
+    lines += ["![the same as a picture](compare.png)\n", f"State: {facts['state']}. Seeds: {facts['seeds']}."]
+    lines += [f"Begun {facts['started']}, ended {facts['ended'] or '-'}. All settings: `compare.toml`; again with:\n"]
+    lines += ["```", "spryfl compare --config compare.toml", "```", ""]
+    for made in facts["made_with"]:
+        versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
+        hardware = ", ".join(value for value in made["hardware"].values() if value)
+        data = made["data"]
+        lines += [
+            f"- {hardware}, {made['threads']} thread(s); {versions}; commit {made['commit'] or 'unknown'}; "
+            f"{data['train']} training and {data['test']} test rows"
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def notes(compared: Compared) -> list[str]:
+    """What a reader of the table must know: runs that ended by their rounds before their budget."""
+    limits = {"max_passes": "passes", "max_megabytes": "MB up and down", "max_seconds": "seconds"}
+    out = []
+    for run in compared.runs:
+        train, last = run.config["train"], run.records[-1] if run.records else None
+        asked = {key: name for key, name in limits.items() if train.get(key)}
+        if not asked or not last or run.facts["state"] != "complete":
+            continue
+        if all(ALONG[name](last) < train[key] for key, name in asked.items()):
+            budget = " or ".join(f"{train[key]:g} {name}" for key, name in asked.items())
+            out.append(f"{run.name} ended after {last['round']} rounds, before its budget of {budget} was spent")
     return out

@@ -3,23 +3,42 @@
     begin(state) -> instructions        finish(state, instructions, updates) -> (state, refused)
 
 The server takes names and shapes from its own instruction, never from what a client claims. Cost: some copies of the
-trainable values; needs torch alone.
+trainable values, and with exchange by scalars the clients' directions once more; needs torch alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
-from spryfl import aggregate, noise, tree
-from spryfl.methods import Built
-from spryfl.types import Instruction, Params, ServerState, Unit, Update
+import torch
+
+from spryfl import assign, ledger, noise, trace, tree, wire
+from spryfl.aggregate import TooFewError
+from spryfl.choices import Built
+from spryfl.types import CatchUp, Instruction, Ledger, Params, Pool, Round, ServerState, Unit, Update
+
+
+class Refused(NamedTuple):
+    """Answers that change nothing: those that do not fit, and those too noisy for the method's gate."""
+
+    failed: dict[int, str]
+    gated: dict[int, float]  # client -> its variance
+    note: str = ""  # why nothing moved though there were answers
 
 
 def init(params: Params, method: Built, clients: int) -> ServerState:
     """The state before the first round. Clients that never share get a copy of the start each."""
     if method.alone:
         params = {_own(client, name): value for client in range(clients) for name, value in params.items()}
-    return ServerState(0, dict(params), method.server.init(params))
+    return ServerState(
+        0,
+        dict(params),
+        method.server.init(params),
+        average=dict(params) if method.average else {},
+        ledger=Ledger(origin=dict(params)) if method.seeds.pool else Ledger(),
+    )
 
 
 def begin(
@@ -34,20 +53,58 @@ def begin(
     """An instruction for each client of the cohort: its units, the head unless it is split, all current values."""
     round_ = state.round + 1
     dealt = deal(units, cohort, method, round_)
-    sent = tuple(name for unit in needed(units, dealt.values()) for name in unit.params)
-    return [
+    sent = tuple(name for unit in needed(units, method) for name in unit.params)
+    told = [
         Instruction(
             round=round_,
             client=client,
-            seed=noise.child_seed(seed, "round", round_, "client", client),
+            seed=noise.child_seed(seed, "round", round_, *(() if method.seeds.shared else ("client", client))),
             names=tuple(name for unit in mine for name in unit.params),
             params=tree.select(personal(state.params, client, method), sent),
             lr_scale=lr_scale,
             evaluate=evaluate,
+            guide={name: value for name, value in state.guide.items() if name in sent},
+            pool=_pool(state, method, seed),
+            fingerprint=trace.fingerprint() if method.scalars else "",
         )
         for client, mine in dealt.items()
         if mine
     ]
+    return [_cheapest(one, state, method) for one in told]
+
+
+def _pool(state: ServerState, method: Built, seed: int) -> Pool | None:
+    if not method.seeds.pool:
+        return None
+    chances = ledger.chances(state.ledger) if method.seeds.weighted else torch.empty(0)
+    return Pool(noise.child_seed(seed, "pool"), method.seeds.pool, chances)
+
+
+def _cheapest(told: Instruction, state: ServerState, method: Built) -> Instruction:
+    """The instruction in the fewest bytes: with the values, or with what makes them from those the client holds."""
+    if not method.follows:
+        return told
+    whole = told._replace(params=dict(state.params))
+    if method.seeds.pool:
+        return _by_sums(whole, state)
+    since, rounds = state.ledger.seen.get(told.client), state.ledger.rounds
+    missed = tuple(one for one in rounds if since is not None and one.number > since)
+    if since is None or len(missed) != state.round - since:  # never seen, or too long ago
+        return whole
+    replayed = told._replace(params={}, catch_up=CatchUp(since, missed))
+    return min(whole, replayed, key=lambda way: len(wire.encode(way)))
+
+
+def _by_sums(whole: Instruction, state: ServerState) -> Instruction:
+    """The sums of the pool where they are fewer bytes than what they move: at first with the values of round 0."""
+    book, names = state.ledger, list(state.params)
+    moved = {names[i] for places, _, _ in book.layout for i in places}
+    if book.summed is None or book.summed.numel() >= tree.size(tree.select(state.params, moved)):
+        return whole
+    rest = tree.without(state.params, moved)
+    origin = {} if whole.client in book.seen else tree.select(book.origin, moved)
+    params = {name: {**rest, **origin}[name] for name in names if name in rest or name in origin}
+    return whole._replace(params=params, catch_up=CatchUp(0, (), book.summed, book.layout))
 
 
 def deal(units: Sequence[Unit], cohort: Sequence[int], method: Built, round_: int) -> dict[int, tuple[Unit, ...]]:
@@ -65,19 +122,71 @@ def personal(params: Params, client: int, method: Built) -> Params:
     return {name.removeprefix(prefix): value for name, value in params.items() if name.startswith(prefix)}
 
 
+def served(state: ServerState) -> Params:
+    """The values to evaluate and to hand out: the average over the rounds where the method keeps one."""
+    return state.average or state.params
+
+
 def finish(
-    state: ServerState, told: Sequence[Instruction], updates: Iterable[Update], method: Built
-) -> tuple[ServerState, dict[int, str]]:
-    """The next state, and why each refused update was refused: one that does not fit its instruction is absent."""
+    state: ServerState,
+    told: Sequence[Instruction],
+    updates: Iterable[Update],
+    method: Built,
+    head: frozenset[str] = frozenset(),
+) -> tuple[ServerState, Refused]:
+    """The next state, and which answers changed nothing: one that does not fit its instruction is as if absent.
+
+    Args:
+        state: the state that `begin` was given.
+        told: its instructions.
+        updates: the answers, in any order.
+        method: the method.
+        head: names of the head's values, which have a local rate of their own.
+    """
     asked = {one.client: one for one in told}
     answers = list(updates)
-    refused = {update.client: why for update in answers if (why := objection(update, asked.get(update.client)))}
-    kept = [update for update in answers if update.client not in refused]
+    failed = {one.client: why for one in answers if (why := objection(one, asked.get(one.client)))}
+    fitting = [one for one in answers if one.client not in failed]
+    gated = {one.client: one.variance for one in fitting if method.gate and not one.variance <= method.gate}
+    kept = [one for one in fitting if one.client not in gated]
     if method.alone:
-        kept = [u._replace(params={_own(u.client, name): v for name, v in u.params.items()}) for u in kept]
-    grads = aggregate.pseudo_gradient(state.params, kept)
-    params, optimizer = method.server.step(state.params, grads, state.optimizer)
-    return ServerState(state.round + 1, params, optimizer), refused
+        kept = [one._replace(params={_own(one.client, n): v for n, v in one.params.items()}) for one in kept]
+        asked = {i: one._replace(names=tuple(_own(i, n) for n in one.names)) for i, one in asked.items()}
+    note = ""
+    try:
+        after = _moved(state, asked, kept, method, head)
+    except TooFewError as error:
+        after, note = _moved(state, asked, [], method, head), str(error)
+    reached = [one for one in told if one.client in {update.client for update in fitting}]
+    return _seen(after, reached, method), Refused(failed, gated, note)
+
+
+def _moved(
+    state: ServerState, asked: Mapping[int, Instruction], kept: Sequence[Update], method: Built, head: frozenset[str]
+) -> ServerState:
+    """The state after the accepted answers; what moved it stands in the ledger, where clients follow by replay."""
+    number = state.round + 1
+    shares = ledger.shares(asked, kept, method, state.params)
+    if method.seeds.pool:
+        params, optimizer, book = ledger.pooled(state, shares, method, head)
+        grads: Params = {}
+    else:
+        params, optimizer, grads = ledger.advance(state.params, state.optimizer, shares, method, head)
+        book = ledger.recorded(state.ledger, Round(number, shares), params) if method.follows else state.ledger
+    average = {name: method.average * v + (1 - method.average) * params[name] for name, v in state.average.items()}
+    return ServerState(number, params, optimizer, average, (grads or state.guide) if method.guide else {}, book)
+
+
+def _seen(state: ServerState, reached: Iterable[Instruction], method: Built) -> ServerState:
+    """Those that answered hold the values they were sent; with a pool, those of round 0 if they were sent those."""
+    if not method.follows:
+        return state
+    now = {one.client: 0 if method.seeds.pool else one.round - 1 for one in reached if _keeps(one, method)}
+    return state._replace(ledger=state.ledger._replace(seen={**state.ledger.seen, **now}))
+
+
+def _keeps(told: Instruction, method: Built) -> bool:
+    return not method.seeds.pool or told.catch_up is not None or told.round == 1
 
 
 def objection(update: Update, told: Instruction | None) -> str:
@@ -86,19 +195,29 @@ def objection(update: Update, told: Instruction | None) -> str:
         return "this client was not asked"
     if update.round != told.round:
         return f"answers round {update.round}, asked in round {told.round}"
-    if set(update.params) != set(told.names):
-        return "returns other names than it was told to train"
-    if any(value.shape != told.params[name].shape for name, value in update.params.items()):
-        return "returns other shapes than it was sent"
+    if bool(told.fingerprint) != (update.trace is not None):
+        return "returns values where scalars were asked for" if told.fingerprint else "returns scalars, not values"
     if update.examples < 1:
         return f"claims {update.examples} examples"
-    return "" if tree.is_finite(update.params) else "returns values that are not finite"
+    if not (math.isfinite(update.loss) and tree.is_finite(update.params)):
+        return "returns values that are not finite"
+    return _unasked(update, told) or (trace.objection(update.trace, told.names, update.params) if update.trace else "")
 
 
-def needed(units: Sequence[Unit], dealt: Iterable[tuple[Unit, ...]]) -> list[Unit]:
+def _unasked(update: Update, told: Instruction) -> str:
+    """Whether the dense part holds other names or shapes than were asked for."""
+    names, asked = set(update.params), set(told.names)
+    if not names <= asked or (update.trace is None and names != asked):
+        return "returns other names than it was told to train"
+    shapes = {name: value.shape for name, value in told.params.items()}
+    if any(value.shape != shapes.get(name, value.shape) for name, value in update.params.items()):
+        return "returns other shapes than it was sent"
+    return ""
+
+
+def needed(units: Sequence[Unit], method: Built) -> list[Unit]:
     """Units that must travel: all, unless only the head ever moves; the rest then is as the model starts."""
-    only_head = all(unit.head for mine in dealt for unit in mine)
-    return [unit for unit in units if unit.head or not only_head]
+    return [unit for unit in units if unit.head or method.assign is not assign.no_unit]
 
 
 def _own(client: int, name: str) -> str:

@@ -6,6 +6,7 @@ bits. Needs torch alone. Cost: the clients' steps, and one pass over the test ro
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,10 +14,10 @@ from typing import Any, NamedTuple
 
 from spryfl import journal as disk
 from spryfl import noise, server
+from spryfl.choices import Built
 from spryfl.costs import Traffic, traffic
 from spryfl.journal import Journal, Progress
-from spryfl.methods import Built
-from spryfl.types import Instruction, Params, Passes, ServerState, Unit, Update
+from spryfl.types import Instruction, Params, Passes, Scalars, ServerState, Unit, Update
 
 
 class Answers(NamedTuple):
@@ -26,6 +27,14 @@ class Answers(NamedTuple):
     failed: dict[int, str]  # clients that did not answer, and why
     bytes_down: int
     bytes_up: int
+
+
+class Limits(NamedTuple):
+    """What a run may spend: it ends with the round that reaches one of them. 0 = no limit."""
+
+    passes: float = 0  # value, tangent and backward passes of all clients, each counted as one
+    megabytes: float = 0.0  # up and down, 1e6 bytes
+    seconds: float = 0.0  # of rounds and evaluations
 
 
 class Plan(NamedTuple):
@@ -39,10 +48,12 @@ class Plan(NamedTuple):
     cohort: int
     eval_every: int
     patience: int  # evaluations without a better one; 0 = never stop early
+    limits: Limits = Limits()
+    metric: str = "accuracy"  # the name of the number by which models are compared; more is better
 
 
 Exchange = Callable[[Sequence[Instruction]], Answers]
-Evaluate = Callable[[Params], tuple[float, float]]  # values -> (accuracy, mean loss) on the untouched test rows
+Evaluate = Callable[[Params], dict[str, float]]  # values -> numbers by name on the untouched test rows
 Record = dict[str, Any]
 
 TIMED = ("seconds", "peak_bytes")  # the fields of a record that may differ between two equal runs
@@ -56,7 +67,7 @@ def cohort(plan: Plan, round_: int) -> list[int]:
 def predicted(plan: Plan) -> Traffic:
     """Values that travel in the first round, by count."""
     dealt = server.deal(plan.units, cohort(plan, 1), plan.method, 1)
-    return traffic(server.needed(plan.units, dealt.values()), list(dealt.values()))
+    return traffic(server.needed(plan.units, plan.method), [mine for mine in dealt.values() if mine])
 
 
 def lost(seed: int, share: float) -> Callable[[int, int], bool]:
@@ -79,7 +90,7 @@ def train(
 ) -> Iterator[tuple[Record, ServerState]]:
     """Runs the rounds that are left and yields each one's record, after it and the state are safe on the disk."""
     if not _begun(progress):
-        record, progress = _first(state, progress, evaluate)
+        record, progress = _first(plan, state, progress, evaluate)
         _keep(journal, record, state, progress)
         yield record, state
     while unfinished(plan, state, progress):
@@ -89,22 +100,43 @@ def train(
 
 
 def unfinished(plan: Plan, state: ServerState, progress: Progress) -> bool:
-    """Whether there is something left to do: the first record, or rounds before the last one or a plateau."""
+    """Whether there is something left to do: the first record, or rounds before the last, a limit or a plateau."""
     plateau = bool(plan.patience) and progress.waited >= plan.patience
-    return not _begun(progress) or (state.round < plan.rounds and not plateau)
+    return not _begun(progress) or (state.round < plan.rounds and not plateau and not spent(plan.limits, progress))
+
+
+def used(progress: Progress) -> Limits:
+    """What a run has spent so far, in the units of its limits."""
+    passes = progress.value_passes + progress.tangent_passes + progress.backward_passes
+    return Limits(passes, (progress.bytes_up + progress.bytes_down) / 1e6, progress.seconds)
+
+
+def spent(limits: Limits, progress: Progress) -> bool:
+    """Whether one of the limits is reached."""
+    return any(limit and now >= limit for limit, now in zip(limits, used(progress), strict=True))
+
+
+def done(plan: Plan, state: ServerState, progress: Progress) -> float:
+    """The share of the run that is behind, in [0, 1), which a schedule runs over: of its rounds, passes or bytes.
+
+    The largest of the three. Seconds are left out: a rate must not hang on the clock, or no run could be repeated.
+    """
+    now, limits = used(progress), plan.limits
+    shares = (now.passes / (limits.passes or math.inf), now.megabytes / (limits.megabytes or math.inf))
+    return max(state.round / plan.rounds, *shares)
 
 
 def _begun(progress: Progress) -> bool:
     """Whether the model has been evaluated once."""
-    return progress.best >= 0
+    return progress.best > -math.inf
 
 
-def _first(state: ServerState, progress: Progress, evaluate: Evaluate) -> tuple[Record, Progress]:
+def _first(plan: Plan, state: ServerState, progress: Progress, evaluate: Evaluate) -> tuple[Record, Progress]:
     """The record of round 0: where the model starts."""
     since = time.perf_counter()
-    accuracy, test_loss = evaluate(state.params)
-    progress = progress._replace(best=accuracy, seconds=time.perf_counter() - since)
-    return {"round": 0, "accuracy": accuracy, "test_loss": test_loss, **_totals(progress)}, progress
+    scores = evaluate(state.params)
+    progress = progress._replace(best=scores[plan.metric], seconds=time.perf_counter() - since)
+    return {"round": 0, **scores, **_totals(progress)}, progress
 
 
 def one_round(
@@ -114,39 +146,61 @@ def one_round(
     since = time.perf_counter()
     round_ = state.round + 1
     due = round_ % plan.eval_every == 0 or round_ == plan.rounds
-    scale = plan.method.schedule(state.round / plan.rounds)
+    scale = plan.method.schedule(done(plan, state, progress))
     told = server.begin(state, plan.units, cohort(plan, round_), plan.method, plan.seed, scale, due)
     answers = exchange(told)
-    state, refused = server.finish(state, told, answers.updates, plan.method)
-    kept = [update for update in answers.updates if update.client not in refused]
-    scores = dict(zip(("accuracy", "test_loss"), evaluate(state.params), strict=True)) if due else {}
-    progress = _on(progress, answers, scores, round_, time.perf_counter() - since)
+    state, refused = server.finish(state, told, answers.updates, plan.method, head(plan))
+    kept = [update for update in answers.updates if update.client not in refused.failed]
+    progress = _on(progress, answers, time.perf_counter() - since)
+    due = due or spent(plan.limits, progress)  # the last round is evaluated, whatever ended the run
+    since = time.perf_counter()
+    scores = evaluate(server.served(state)) if due else {}
+    progress = _judged(progress, scores[plan.metric], round_, time.perf_counter() - since) if due else progress
     record = {
         "round": round_,
         "cohort": [one.client for one in told],
-        "failed": {str(client): why for client, why in {**answers.failed, **refused}.items()},
+        "failed": {str(client): why for client, why in {**answers.failed, **refused.failed}.items()},
+        **(
+            {
+                "gated": {
+                    str(client): variance if variance == variance else None
+                    for client, variance in refused.gated.items()
+                }
+            }
+            if refused.gated
+            else {}
+        ),
+        **({"note": refused.note} if refused.note else {}),
         "loss": _mean([(u.loss, u.examples) for u in kept]),
         **scores,
         **_personal(kept),
+        **_scalars(kept),
         "peak_bytes": max((u.peak_bytes for u in kept), default=0),
         **_totals(progress),
     }
     return record, state, progress
 
 
-def _on(progress: Progress, answers: Answers, scores: dict[str, float], round_: int, seconds: float) -> Progress:
-    """The totals after a round."""
+def _on(progress: Progress, answers: Answers, seconds: float) -> Progress:
+    """The totals after a round's answers."""
     passes = sum((update.passes for update in answers.updates), start=Passes())
-    better = bool(scores) and scores["accuracy"] > progress.best
-    return Progress(
-        best=scores["accuracy"] if better else progress.best,
-        best_round=round_ if better else progress.best_round,
-        waited=0 if better else progress.waited + bool(scores),
+    return progress._replace(
         bytes_down=progress.bytes_down + answers.bytes_down,
         bytes_up=progress.bytes_up + answers.bytes_up,
         value_passes=progress.value_passes + passes.value,
         tangent_passes=progress.tangent_passes + passes.tangent,
         backward_passes=progress.backward_passes + passes.backward,
+        seconds=progress.seconds + seconds,
+    )
+
+
+def _judged(progress: Progress, accuracy: float, round_: int, seconds: float) -> Progress:
+    """The totals after an evaluation."""
+    better = accuracy > progress.best
+    return progress._replace(
+        best=accuracy if better else progress.best,
+        best_round=round_ if better else progress.best_round,
+        waited=0 if better else progress.waited + 1,
         seconds=progress.seconds + seconds,
     )
 
@@ -159,7 +213,7 @@ def _totals(progress: Progress) -> Record:
 
 
 def _personal(updates: Sequence[Update]) -> Record:
-    """Accuracy on the clients' own held-out rows before and after local training, over all rows."""
+    """The metric on the clients' own held-out rows before and after local training, their mean weighted by rows."""
     rows = sum(u.held_out for u in updates)
     if not rows:
         return {}
@@ -167,6 +221,27 @@ def _personal(updates: Sequence[Update]) -> Record:
         "personal_before": sum(u.correct_before for u in updates) / rows,
         "personal_after": sum(u.correct_after for u in updates) / rows,
     }
+
+
+def _scalars(updates: Sequence[Update]) -> Record:
+    """What the round's directional derivatives looked like: spikes are how such runs diverge."""
+    whole = sum((update.scalars for update in updates), start=Scalars())
+    drawn = whole[0]
+    if not drawn:
+        return {}
+    kept = drawn - whole.refused
+    return {
+        "scalars": drawn,
+        "scalars_refused": whole.refused,
+        "scalars_clipped": whole.clipped,
+        "scalar_rms": math.sqrt(whole.squares / kept) if kept else None,
+        "scalar_max": whole.largest,
+    }
+
+
+def head(plan: Plan) -> frozenset[str]:
+    """Names of the head's values."""
+    return frozenset(name for unit in plan.units if unit.head for name in unit.params)
 
 
 def _mean(weighted: Sequence[tuple[float, int]]) -> float | None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 Params = Mapping[str, Tensor]  # trainable values by name, float32; the backbone is frozen and apart
 Batch = Mapping[str, Tensor]  # inputs by the model's argument names, "labels" among them
+_NOTHING: Mapping[Any, Any] = MappingProxyType({})
 Features = tuple[Tensor, ...]  # what the frozen trunk hands to the head
 
 
@@ -41,7 +43,7 @@ class Passes(NamedTuple):
     backward: float = 0
 
     def __add__(self, other: tuple) -> Passes:
-        sums = (a + b for a, b in zip(self, other, strict=True))
+        sums = (round(a + b, 6) for a, b in zip(self, other, strict=True))
         return Passes(*(int(s) if s == int(s) else s for s in sums))  # 2, not 2.0: whole counts read as such
 
 
@@ -114,6 +116,60 @@ class LossFn(Protocol):
 Estimator = Callable[[LossFn, Params, Batch, int], Estimate]
 
 
+# Runs of a step's terms: (places of the block, distribution, how many).
+Layout = tuple[tuple[tuple[int, ...], str, int], ...]
+
+
+class Trace(NamedTuple):
+    """The seeded part of some local steps in few bytes: a scalar a term, and what its direction is made from.
+
+    Places are positions in the instruction's names; none stand for all names that have no dense part. Terms whose seeds
+    follow from the instruction, as those of every estimator here do, need no seed on the way.
+    """
+
+    scalars: Tensor  # float32 (terms of all steps,): the coefficients
+    layouts: tuple[Layout, ...]  # the distinct ones
+    steps: tuple[int, ...]  # the layout of each step
+    seeds: Tensor  # int64 (terms of all steps,), or (0,) where they follow from the instruction
+
+
+class Pool(NamedTuple):
+    """A pool of seeds that all clients draw their steps' seeds from (FedKSeed)."""
+
+    seed: int
+    size: int
+    chances: Tensor  # float32 (size,), or (0,) for equal ones
+
+
+class Share(NamedTuple):
+    """What moves the values in one round: a client's answer, or the answers of several that shared their seeds."""
+
+    seed: int
+    names: tuple[int, ...]  # places in the names of all values; none stand for all
+    lr_scale: float
+    weight: float
+    params: Params  # its dense part
+    trace: Trace | None
+    pool: Pool | None = None
+    merged: bool = False  # the mean over several clients is taken
+
+
+class Round(NamedTuple):
+    """All shares of one round: they take the values of round `number - 1` to those of `number`."""
+
+    number: int
+    shares: tuple[Share, ...]
+
+
+class CatchUp(NamedTuple):
+    """How a client that holds older values gets the current ones, in place of the values themselves."""
+
+    since: int  # the round whose values it holds
+    missed: tuple[Round, ...] = ()  # to be replayed, oldest first
+    summed: Tensor | None = None  # (pool, terms of a step): what the values of round 0 are moved by
+    layout: Layout = ()  # of those terms, places in the names of all values
+
+
 class Instruction(NamedTuple):
     """What the server tells one client in one round."""
 
@@ -124,22 +180,40 @@ class Instruction(NamedTuple):
     params: Params  # current values: those of `names` and the others that its forward pass needs
     lr_scale: float = 1.0  # the schedule's factor on the local learning rate
     evaluate: bool = False  # score the client's held-out part before and after
+    guide: Params = _NOTHING  # the last aggregated pseudo-gradient, where the method sends it
+    pool: Pool | None = None
+    catch_up: CatchUp | None = None  # values come by replay; `params` holds what does not
+    fingerprint: str = ""  # of the noise, where directions are made again elsewhere
 
 
 class Update(NamedTuple):
-    """What one client answers: its values, and what they cost."""
+    """What one client answers: its values or scalars, and what they cost."""
 
     round: int
     client: int
-    params: Params  # new values of the instruction's names
+    params: Params  # new values of its names, gradients where no local step is taken; beside a trace the dense part
     examples: int  # distinct training examples used; the weight in the mean
     loss: float  # mean over the local batches
     passes: Passes
     peak_bytes: int  # most memory that a step held above the model; 0 = not measured
     seconds: float
     held_out: int = 0  # examples scored; 0 = not asked
-    correct_before: int = 0
-    correct_after: int = 0
+    correct_before: float = 0  # the task's metric times the rows: for accuracy, the right ones
+    correct_after: float = 0
+    trace: Trace | None = None
+    scalars: Scalars = Scalars()
+    variance: float = 0.0  # of the client's mean gradient over its local batches, a value; 0 = not asked
+
+
+class Ledger(NamedTuple):
+    """What the server knows of its clients' values, where they come by replay."""
+
+    seen: Mapping[int, int] = _NOTHING  # client -> the round whose values it holds
+    rounds: tuple[Round, ...] = ()  # the latest, as long as they are fewer bytes than the values
+    origin: Params = _NOTHING  # values before round 1, with a pool of seeds
+    summed: Tensor | None = None  # (pool, terms of a step)
+    layout: Layout = ()
+    sizes: Tensor | None = None  # (2, pool): how often each seed was drawn, and the sum of |c|
 
 
 class ServerState(NamedTuple):
@@ -148,3 +222,6 @@ class ServerState(NamedTuple):
     round: int  # rounds done
     params: Params
     optimizer: Mapping[str, Params]  # by slot (m, v, t), then by name
+    average: Params = _NOTHING  # over the rounds, where the method asks for it
+    guide: Params = _NOTHING  # the last pseudo-gradient, where the method sends it
+    ledger: Ledger = Ledger()

@@ -1,8 +1,8 @@
 """Instructions and updates as bytes, and back: the only place where bytes are counted.
 
-    magic (8) | length of the header (4) | CRC-32 of all else but the magic (4) | header, JSON | tensors, little-endian
+    magic (8) | length of the header (4) | CRC-32 of all else but the magic (4) | header, JSON, deflated | tensors
 
-No pickle. The same container holds the state of a run on disk. Cost: one copy of the tensors.
+No pickle; little-endian. The same container holds the state of a run on disk. Cost: one copy of the tensors.
 """
 
 from __future__ import annotations
@@ -17,12 +17,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spryfl.types import Instruction, Passes, Update
+from spryfl.types import (
+    CatchUp,
+    Instruction,
+    Ledger,
+    Passes,
+    Pool,
+    Round,
+    Scalars,
+    ServerState,
+    Share,
+    Trace,
+    Update,
+)
 
-SCHEMA = 1
+SCHEMA = 2
 _MAGIC = b"SPRYFL\x00\x01"
 _PREFIX = struct.Struct("<8sII")
-_MEASURED = struct.Struct("<dq")  # seconds, peak bytes: of one length, so that the bytes sent do not hang on the clock
+_RECORDS: dict[str, Any] = {
+    one.__name__: one
+    for one in (CatchUp, Instruction, Ledger, Passes, Pool, Round, Scalars, ServerState, Share, Trace, Update)
+}
 _DTYPES = {
     str(t).removeprefix("torch."): t for t in (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64)
 }
@@ -36,7 +51,7 @@ def pack(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
         tensors: float32, float64, float16, bfloat16 or int64, on any device.
     """
     index = [(name, str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in tensors.items()]
-    head = json.dumps({"schema": SCHEMA, "tensors": index, **header}).encode()
+    head = zlib.compress(json.dumps({"schema": SCHEMA, "tensors": index, **header}, separators=(",", ":")).encode())
     body = b"".join([head, *(_raw(value) for value in tensors.values())])
     return _PREFIX.pack(_MAGIC, len(head), _checksum(len(head), body)) + body
 
@@ -51,7 +66,7 @@ def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
     body = memoryview(data)[_PREFIX.size :]
     if _checksum(length, body) != checksum:
         raise ValueError(f"the container of {len(data)} bytes is cut short or damaged: its checksum does not match.")
-    header = json.loads(bytes(body[:length]))
+    header = json.loads(zlib.decompress(body[:length]))
     if header.pop("schema") != SCHEMA:
         raise ValueError(f"the container has another schema than {SCHEMA}; read it with the version that wrote it.")
     return header, _tensors(header.pop("tensors"), body[length:])
@@ -59,23 +74,67 @@ def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def encode(message: Instruction | Update) -> bytes:
     """A message as bytes; `len` of it is what travels."""
-    fields = message._asdict()
-    if isinstance(message, Update):
-        fields["measured"] = _MEASURED.pack(fields.pop("seconds"), fields.pop("peak_bytes")).hex()
-    return pack({"kind": type(message).__name__, **fields, "params": None}, fields["params"])
+    measured = {}
+    if isinstance(message, Update):  # beside the header: its length must not hang on the clock
+        measured = {"measured": torch.tensor([message.seconds, message.peak_bytes], dtype=torch.float64)}
+        message = message._replace(seconds=0.0, peak_bytes=0)
+    return dump(message, **measured)
 
 
 def decode(data: bytes) -> Instruction | Update:
     """The message that `encode` made."""
+    message, more = load(data)
+    if isinstance(message, Update):
+        seconds, peak = more["measured"].tolist()
+        return message._replace(seconds=seconds, peak_bytes=int(peak))
+    if isinstance(message, Instruction):
+        return message
+    raise ValueError(f"a message of unknown kind {type(message).__name__}; possible: Instruction, Update.")
+
+
+def dump(value: Any, /, **more: Tensor) -> bytes:
+    """Any nesting of the package's records, tuples, mappings, tensors and plain values as one container."""
+    tensors: list[Tensor] = []
+    plain = _plain(value, tensors)
+    return pack({"value": plain}, {**more, **{str(i): tensor for i, tensor in enumerate(tensors)}})
+
+
+def load(data: bytes) -> tuple[Any, dict[str, Tensor]]:
+    """What `dump` was given: the value, and the tensors beside it."""
     header, tensors = unpack(data)
-    kind = header.pop("kind")
-    header["params"] = tensors
-    if kind == "Instruction":
-        return Instruction(**{**header, "names": tuple(header["names"])})
-    if kind == "Update":
-        header["seconds"], header["peak_bytes"] = _MEASURED.unpack(bytes.fromhex(header.pop("measured")))
-        return Update(**{**header, "passes": Passes(*header["passes"])})
-    raise ValueError(f"a message of unknown kind {kind!r}; possible: Instruction, Update.")
+    value = _restored(header["value"], tensors)
+    return value, {name: tensor for name, tensor in tensors.items() if not name.isdigit()}
+
+
+def _plain(value: Any, tensors: list[Tensor]) -> Any:
+    """A value as JSON can hold it; tensors go to the list, and leave their place in it."""
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return {"#": len(tensors) - 1}
+    if type(value).__name__ in _RECORDS:
+        usual = value._field_defaults
+        fields = {k: v for k, v in value._asdict().items() if not (k in usual and _same(v, usual[k]))}
+        return {"~": type(value).__name__, **{k: _plain(v, tensors) for k, v in fields.items()}}
+    if isinstance(value, Mapping):
+        return {"@": [[k, _plain(v, tensors)] for k, v in value.items()]}
+    return [_plain(v, tensors) for v in value] if isinstance(value, tuple | list) else value
+
+
+def _same(value: Any, usual: Any) -> bool:
+    """Whether a field has its default, and so need not travel."""
+    return not isinstance(value, Tensor) and not isinstance(usual, Tensor) and bool(value == usual)
+
+
+def _restored(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(plain, list):
+        return tuple(_restored(v, tensors) for v in plain)
+    if not isinstance(plain, dict):
+        return plain
+    if "#" in plain:
+        return tensors[str(plain["#"])]
+    if "@" in plain:
+        return {k: _restored(v, tensors) for k, v in plain["@"]}
+    return _RECORDS[plain.pop("~")](**{k: _restored(v, tensors) for k, v in plain.items()})
 
 
 def _checksum(length: int, body: bytes | memoryview) -> int:

@@ -11,40 +11,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from spryfl.data import labels as labelling
 from spryfl.data import sources, tables
+from spryfl.data.columns import ALL, CLASSES, Columns, Needs, check, choose
 from spryfl.data.examples import Examples, limited, rows, split, take
 from spryfl.data.tables import Table
 
 DOCSTRINGS = "docstrings"
-PAIRS = (
-    ("text", "text_pair"),
-    ("sentence1", "sentence2"),
-    ("premise", "hypothesis"),
-    ("question1", "question2"),
-    ("question", "sentence"),
-    ("question", "passage"),
-)
-TEXTS = (
-    "text",
-    "sentence",
-    "sentence1",
-    "premise",
-    "question",
-    "review",
-    "content",
-    "comment",
-    "tweet",
-    "body",
-    "title",
-)
-LABELS = ("label", "labels", "class", "target", "sentiment", "category", "topic", "intent", "emotion", "answer")
-GROUPS = ("group",)
 
 
 class Corpus(NamedTuple):
@@ -56,15 +34,6 @@ class Corpus(NamedTuple):
     source: str
     notes: tuple[str, ...]  # what was guessed or changed, a sentence each
     fingerprint: str  # SHA-256 over all rows and names: equal contents, equal fingerprint, on any machine
-
-
-class Columns(NamedTuple):
-    """Which column is what; "" is none."""
-
-    text: str
-    pair: str
-    label: str
-    group: str
 
 
 def load(
@@ -80,6 +49,7 @@ def load(
     test_rows: int = 0,
     seed: int = 0,
     revision: str = "",
+    needs: Needs = CLASSES,
 ) -> Corpus:
     """The corpus of that name: "docstrings", a file, a folder with train and test files, or a name on the hub.
 
@@ -88,6 +58,7 @@ def load(
     asked = Columns(text, pair, label, group)
     if name == DOCSTRINGS:
         _refuse(text=text, pair=pair, label=label, group=group, test=test, revision=revision)
+        _refuse_needs(needs)
         return _docstrings(train_rows, test_rows, seed)
     if sources.is_local(name):
         _refuse(revision=revision)
@@ -95,7 +66,7 @@ def load(
         sides = sources.folder(path, test) if path.is_dir() else sources.files(path, test)
     else:
         sides = sources.hub(name, test, revision)
-    return _corpus(name, sides, asked, test_share, (train_rows, test_rows), seed)
+    return _corpus(name, sides, asked, needs, test_share, (train_rows, test_rows), seed)
 
 
 def from_datasets(
@@ -110,6 +81,7 @@ def from_datasets(
     train_rows: int = 0,
     test_rows: int = 0,
     seed: int = 0,
+    needs: Needs = CLASSES,
 ) -> Corpus:
     """The corpus in a datasets.Dataset (split by `test_share` unless `test` is given) or in a DatasetDict."""
     which = test if isinstance(test, str) else ""
@@ -121,15 +93,21 @@ def from_datasets(
     if test is not None and not (which and hasattr(train, "keys")):
         sides = {"train": sides["train"], "test": sources.in_memory(test, "test")}
     asked = Columns(text, pair, label, group)
-    return _corpus("a data set in memory", sides, asked, test_share, (train_rows, test_rows), seed)
+    return _corpus("a data set in memory", sides, asked, needs, test_share, (train_rows, test_rows), seed)
 
 
 def read_labelled(
-    path: str | Path, labels: Sequence[str], *, text: str = "", pair: str = "", label: str = ""
+    path: str | Path,
+    labels: Sequence[str],
+    *,
+    text: str = "",
+    pair: str = "",
+    label: str = "",
+    needs: Needs = CLASSES,
 ) -> Examples:
     """Any labelled file, in terms of class names that are already known."""
     table = tables.read(Path(path))
-    columns, _ = _choose(table, Columns(text, pair, label, ""))
+    columns, _ = choose(table, Columns(text, pair, label, ""), needs)
     return _examples(table, columns, tuple(labels))[0]
 
 
@@ -140,44 +118,14 @@ def _refuse(**options: str) -> None:
             raise ValueError(f'data: {option} = "{value}" has no effect here; it belongs to {where}. Remove it.')
 
 
-def _choose(table: Table, asked: Columns) -> tuple[Columns, list[str]]:
-    """The columns asked for, or the first with a usual name; and a note on each guess."""
-    _check_columns(table, asked)
-    usual = {name.strip().lower(): name for name in table.names}
-    both = next((p for p in PAIRS if p[0] in usual and p[1] in usual), ("", ""))
-    chosen = Columns(
-        asked.text or _first(usual, (both[0], *TEXTS)),
-        asked.pair or ("" if asked.text else _first(usual, both[1:])),
-        asked.label or _first(usual, LABELS),
-        asked.group or _first(usual, GROUPS),
-    )
-    for option, name in (("text", chosen.text), ("label", chosen.label)):
-        if not name:
-            raise ValueError(
-                f"{table.source}: which column holds the {option}? Columns: {', '.join(table.names)}.\n"
-                f'    Name it: {option} = "...". (The first line of a .csv or .tsv file must name the columns.)'
-            )
-    named = zip(Columns._fields, asked, chosen, strict=True)
-    return chosen, [f"{option} column: {name!r} (guessed)" for option, given, name in named if name and not given]
-
-
-def _check_columns(table: Table, columns: Columns) -> None:
-    for option, name in zip(Columns._fields, columns, strict=True):
-        if name and name not in table.names:
-            raise ValueError(f'{table.source} has no column "{name}" ({option}). Columns: {", ".join(table.names)}.')
-
-
-def _first(usual: dict[str, str], names: Iterable[str]) -> str:
-    return next((usual[name] for name in names if name in usual), "")
-
-
 def _examples(table: Table, columns: Columns, names: tuple[str, ...]) -> tuple[Examples, list[str]]:
     """The rows of a table that have a text, and notes on what was left out or taken on trust."""
-    _check_columns(table, columns)
-    ids, trusted = labelling.numbers(table, columns.label, names)
+    check(table, columns)
     text = _texts(table, columns.text)
     pair = _texts(table, columns.pair) if columns.pair else None
     group = _group(table, columns.group) if columns.group else None
+    ids, trusted = labelling.numbers(table, columns.label, names) if columns.label else ([0] * len(text), "")
+    extra = {name: tuple(table.column(column)) for name, column in columns.extra.items() if column}
     filled = [i for i, t in enumerate(text) if t.strip() and (pair is None or pair[i].strip())]
     if not filled:
         raise ValueError(
@@ -186,8 +134,14 @@ def _examples(table: Table, columns: Columns, names: tuple[str, ...]) -> tuple[E
         )
     dropped = len(text) - len(filled)
     notes = [f"{dropped} of {len(text)} rows without a text were left out ({table.source})"] if dropped else []
-    examples = Examples(tuple(text), tuple(pair) if pair else None, tuple(ids), tuple(group) if group else None)
+    examples = Examples(tuple(text), tuple(pair) if pair else None, tuple(ids), tuple(group) if group else None, extra)
     return take(examples, filled), notes + ([trusted] if trusted else [])
+
+
+def _refuse_needs(needs: Needs) -> None:
+    if needs.extra or not needs.label:
+        wanted = ", ".join(name for name in needs.extra if name not in needs.optional) or "other rows"
+        raise ValueError(f"data: docstrings have texts with classes alone, and this task needs {wanted}. Name a file.")
 
 
 def _texts(table: Table, column: str) -> list[str]:
@@ -216,12 +170,13 @@ def _corpus(
     source: str,
     sides: dict[str, Table],
     asked: Columns,
+    needs: Needs,
     test_share: float,
     limits: tuple[int, int],
     seed: int,
 ) -> Corpus:
-    columns, notes = _choose(sides["train"], asked)
-    names = labelling.names(sides["train"], columns.label)
+    columns, notes = choose(sides["train"], asked, needs)
+    names = labelling.names(sides["train"], columns.label) if needs.label else (ALL,)
     train, more = _examples(sides["train"], columns, names)
     notes += more
     candidates = {name: table for name, table in sides.items() if name != "train"}
@@ -229,14 +184,14 @@ def _corpus(
         held, more = _test_side(candidates, columns, names)
         notes += more
     else:
-        train, held = split(train, test_share, seed, source)
+        train, held = split(train, test_share, seed, source, needs.whole)
         notes.append(f"{len(held.label)} rows ({test_share:g} of them) were split off for the test, class by class")
-    return _finished(train, held, names, source, notes, limits, seed)
+    return _finished(train, held, names, source, notes, limits, seed, needs.whole)
 
 
 def _test_side(candidates: dict[str, Table], columns: Columns, names: tuple[str, ...]) -> tuple[Examples, list[str]]:
     """The first candidate whose labels are not withheld; if all are, reading the first says so."""
-    hidden = [name for name, table in candidates.items() if labelling.hidden(table, columns.label)]
+    hidden = [n for n, table in candidates.items() if columns.label and labelling.hidden(table, columns.label)]
     chosen = next((name for name in candidates if name not in hidden), next(iter(candidates)))
     table = candidates[chosen]
     group = columns.group if columns.group in table.names else ""  # only training rows are dealt to clients
@@ -254,9 +209,10 @@ def _finished(
     notes: list[str],
     limits: tuple[int, int],
     seed: int,
+    whole: str = "",
 ) -> Corpus:
-    train, on_train = limited(train, limits[0], seed, "train_rows")
-    test, on_test = limited(test, limits[1], seed, "test_rows")
+    train, on_train = limited(train, limits[0], seed, "train_rows", whole)
+    test, on_test = limited(test, limits[1], seed, "test_rows", whole)
     notes = notes + on_train + on_test
     known = set(zip(train.text, train.pair or train.text, strict=True))
     if shared := sum(both in known for both in zip(test.text, test.pair or test.text, strict=True)):

@@ -21,5 +21,6 @@ ESTIMATORS: dict[str, Callable[..., Estimator]] = {
     "forward_difference": forward_difference,
     "two_block": two_block,
 }
+DENSE = frozenset({"backprop"})  # keys of estimators without seeded terms: nothing in them could travel as scalars
 
-__all__ = ["ESTIMATORS", "backprop", "central_difference", "forward", "forward_difference", "two_block"]
+__all__ = ["DENSE", "ESTIMATORS", "backprop", "central_difference", "forward", "forward_difference", "two_block"]

@@ -1,58 +1,64 @@
-"""What a task makes of its examples: token rows, batches, a loss, a count of right answers.
+"""Token rows into batches: padded, shuffled, or sorted by length. A batch is padded to its longest sequence.
 
-Here: classification of one text or two.
-
-    loss = - log softmax(logits)[label], the mean over the batch, in float32
-
-A batch is padded to its longest row. Cost: tokenization once at the start, some microseconds a row.
+Cost: tokenization once at the start, some microseconds a row.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from spryfl.data.examples import Examples
+from spryfl.tasks.record import AT, OF, TARGETS, Rows
 from spryfl.types import Batch
 
 
-class Rows(NamedTuple):
-    """Tokenized examples."""
-
-    inputs: tuple[Mapping[str, Sequence[int]], ...]  # one mapping an example: input_ids, attention_mask, ...
-    labels: tuple[int, ...]
-    cut: int  # how many were longer than the maximum length
-    pad: int  # the padding token
-
-
 def encode(tokenizer: Any, examples: Examples, max_length: int) -> Rows:
-    """Tokens of each example, cut at `max_length`; counts how many were cut."""
+    """Tokens of each example's text, or text and pair, cut at `max_length`; counts how many were cut."""
     if not examples.text:
         return Rows((), (), 0, tokenizer.pad_token_id)
     texts = [list(examples.text)] + ([list(examples.pair)] if examples.pair is not None else [])
     whole = tokenizer(*texts, truncation=False, verbose=False)
     table = tokenizer(*texts, truncation=True, max_length=max_length)
     cut = sum(len(ids) > max_length for ids in whole["input_ids"])
-    inputs = tuple({key: table[key][i] for key in table} for i in range(len(examples.text)))
+    inputs = tuple(
+        ({**{key: table[key][i] for key in table}, TARGETS: label},) for i, label in enumerate(examples.label)
+    )
     return Rows(inputs, examples.label, cut, tokenizer.pad_token_id)
 
 
 def collate(rows: Rows, indices: Sequence[int], device: torch.device | str = "cpu") -> Batch:
-    """The rows of `indices` as one batch: names -> int64 (rows, longest), and "labels" (rows,)."""
-    chosen = [rows.inputs[i] for i in indices]
-    longest = max(len(row["input_ids"]) for row in chosen)
-    batch = {key: _padded([row[key] for row in chosen], longest, rows.pad * (key == "input_ids")) for key in chosen[0]}
-    batch["labels"] = torch.tensor([rows.labels[i] for i in indices])
+    """The rows of `indices` as one batch of their sequences.
+
+    Lists become int64 (sequences, longest), padded; numbers become (sequences,), "labels" among them. `labels_of`
+    says which row of the batch a sequence is from.
+    """
+    chosen = [(row, sequence) for row, i in enumerate(indices) for sequence in rows.inputs[i]]
+    batch = {OF: torch.tensor([row for row, _ in chosen])}
+    for key in chosen[0][1]:
+        batch[key] = _column([sequence[key] for _, sequence in chosen], _padding(key, rows))
     return {key: value.to(device) for key, value in batch.items()}
 
 
-def _padded(rows: Sequence[Sequence[int]], longest: int, pad: int) -> Tensor:
-    return torch.tensor([[*row, *[pad] * (longest - len(row))] for row in rows])
+def _padding(key: str, rows: Rows) -> int:
+    """Of targets it is -1, which no target is."""
+    return rows.pad if key == "input_ids" else -1 if key.startswith(TARGETS) and key != AT else 0
+
+
+def _column(values: Sequence[Any], pad: int) -> Tensor:
+    if not isinstance(values[0], Sequence):
+        return torch.tensor(values)
+    longest = max(len(row) for row in values)
+    return torch.tensor([[*row, *[pad] * (longest - len(row))] for row in values])
+
+
+def inputs(batch: Batch) -> dict[str, Tensor]:
+    """What of a batch the model is given: all but the targets."""
+    return {name: value for name, value in batch.items() if not name.startswith(TARGETS)}
 
 
 def shuffled(
@@ -85,16 +91,11 @@ def _dealt(indices: Sequence[int], batch_size: int, order: random.Random) -> lis
 
 def by_length(rows: Rows, indices: Sequence[int], batch_size: int) -> Iterator[list[int]]:
     """Batches of rows of like length, for scoring: little padding."""
-    order = sorted(indices, key=lambda i: (len(rows.inputs[i]["input_ids"]), i))
+    order = sorted(indices, key=lambda i: (length(rows.inputs[i]), i))
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
 
 
-def loss(logits: Tensor, batch: Batch) -> Tensor:
-    """Cross entropy in float32, the mean over the batch."""
-    return F.cross_entropy(logits.float(), batch["labels"])
-
-
-def correct(logits: Tensor, batch: Batch) -> int:
-    """How many rows have their label as the largest logit."""
-    return int((logits.argmax(-1) == batch["labels"]).sum())
+def length(sequences: Sequence[Mapping[str, Any]]) -> int:
+    """Tokens of an example's longest sequence."""
+    return max(len(sequence["input_ids"]) for sequence in sequences)

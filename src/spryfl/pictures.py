@@ -1,0 +1,149 @@
+"""Pictures of runs and of comparisons, from what `report` read.
+
+    curves(runs, path)           metric and training loss along each run
+    comparison(compared, path)   the same metric of many methods against rounds, passes, bytes, seconds; peak memory
+
+Cost: a second a picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from spryfl.report import ALONG, Compared, Groups, Record, Run, columns, metric, peak, scored
+
+
+def curves(runs: Sequence[Run], path: Path) -> None:
+    """The metric on the test rows and training loss, against rounds, passes, bytes and seconds."""
+    figure = Figure(figsize=(13, 6), layout="constrained")
+    grid = figure.subplots(2, len(ALONG), sharey="row")
+    for column, (title, along) in enumerate(ALONG.items()):
+        for run in runs:
+            _line(grid[0][column], run.name, along, scored(run), metric(run))
+            _line(grid[1][column], run.name, along, [r for r in run.records if r.get("loss") is not None], "loss")
+        grid[1][column].set_xlabel(title)
+    grid[0][0].set_ylabel(f"{columns(runs)[1].name} on the test rows")
+    grid[1][0].set_ylabel("training loss")
+    grid[0][0].legend(frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def _line(axes: Axes, name: str, along: Callable[[Record], float], records: Sequence[Record], what: str) -> None:
+    axes.plot([along(r) for r in records], [r[what] for r in records], marker="o", markersize=3, label=name)
+    _plain(axes)
+
+
+def _plain(axes: Axes) -> None:
+    axes.set_axisbelow(True)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+# Twelve colours that are told apart, also by most who do not see all colours; a marker each. Then both begin again.
+_COLOURS: tuple[str, ...] = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#222222", "#8B5A2B")
+_COLOURS += ("#7B3FBF", "#8C8C8C", "#9AA61D", "#B2182B")
+_MARKERS = "os^DvPX*<>hp"
+
+
+def comparison(compared: Compared, path: Path) -> None:
+    """The metric against rounds, passes, bytes and seconds; peak memory; every run's end."""
+    groups = {label: done for label, runs in compared.groups.items() if (done := [run for run in runs if scored(run)])}
+    if not groups:
+        raise ValueError(
+            f"no run of {compared.name} has been evaluated yet, so there is nothing to draw. Go on with it."
+        )
+    low = 0.28 * len(groups)
+    figure = Figure(figsize=(14, 6 + low), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=(4.6, 1.4 + low))
+    above, (left, right) = parts[0].subplots(1, len(ALONG), sharey=True), parts[1].subplots(1, 2, sharey=True)
+    name = columns([run for runs in groups.values() for run in runs])[1].name
+    for axes, (title, along) in zip(above, ALONG.items(), strict=True):
+        _panel(axes, title, along, groups)
+    above[0].set_ylabel(f"{name} on the test rows")
+    handles = [Line2D([], [], label=label, linewidth=2, **_look(i)) for i, label in enumerate(groups)]
+    said = {"title": f"{compared.name}: {_over(groups)}", "title_fontsize": 10}
+    parts[0].legend(handles=handles, loc="outside upper center", ncols=min(6, len(groups)), frameon=False, **said)
+    _bars(left, groups)
+    _dots(right, groups, name)
+    figure.savefig(path, dpi=120)
+
+
+def _over(groups: Groups) -> str:
+    most = max(len(runs) for runs in groups.values())
+    return "one seed" if most == 1 else f"mean over {most} seeds, bands from the lowest to the highest"
+
+
+def _panel(axes: Axes, title: str, along: Callable[[Record], float], groups: Groups) -> None:
+    """All methods along one cost; logarithmic where their ends are far apart, so that none is a line on the axis."""
+    ends = [max(along(run.records[-1]) for run in runs) for runs in groups.values()]
+    log = max(ends) > 4 * min(ends) > 0
+    for index, runs in enumerate(groups.values()):
+        _band(axes, runs, along, index, log)
+    if log:
+        axes.set_xscale("log")
+    else:
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=max(ends) > 4))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set_xlabel(title)
+    _plain(axes)
+
+
+def _band(axes: Axes, runs: Sequence[Run], along: Callable[[Record], float], index: int, log: bool = False) -> None:
+    """The mean of a group as a line, lowest to highest as a band, as far as all its runs go; no 0 on a log scale."""
+    curves = [([along(r) for r in scored(run)], [r[metric(run)] for r in scored(run)]) for run in runs]
+    end = min(x[-1] for x, _ in curves)
+    grid = [value for value in sorted({min(value, end) for x, _ in curves for value in x}) if value or not log]
+    heights = np.array([np.interp(grid, x, y) for x, y in curves])
+    look = _look(index)
+    axes.fill_between(grid, heights.min(0), heights.max(0), color=look["color"], alpha=0.13, linewidth=0)
+    every = max(1, len(grid) // 7)
+    axes.plot(grid, heights.mean(0), **look, linewidth=1.7, markersize=5, markevery=(index % every, every), alpha=0.95)
+
+
+def _bars(axes: Axes, groups: Groups) -> None:
+    """Peak memory of a step, a bar a method."""
+    for index, runs in enumerate(groups.values()):
+        found = [value for run in runs if (value := peak(run)) is not None]
+        width = mean(found) if found else 0.0
+        axes.barh(index, width, color=_look(index)["color"], alpha=0.9, height=0.66)
+        _beside(axes, f"{width:.1f}" if found else "-", width, index)
+    axes.set_yticks(range(len(groups)), list(groups))
+    axes.set_ylim(len(groups) - 0.4, -0.6)
+    axes.set_xlabel("peak memory of a client's step above the model, MB")
+    axes.margins(x=0.1)
+    _plain(axes)
+    axes.grid(visible=False, axis="y")
+
+
+def _dots(axes: Axes, groups: Groups, name: str) -> None:
+    """How each run ended, and the mean."""
+    for index, runs in enumerate(groups.values()):
+        ends, look = [scored(run)[-1][metric(run)] for run in runs], _look(index)
+        axes.plot(ends, [index] * len(ends), linestyle="", marker=look["marker"], color=look["color"], alpha=0.5)
+        axes.plot([mean(ends)] * 2, [index - 0.3, index + 0.3], color=look["color"], linewidth=2.5)
+        _beside(axes, f"{mean(ends):.3f}", max(ends), index)
+    axes.set_xlabel(f"{name} at the end: each seed, and the mean")
+    axes.margins(x=0.1)
+    _plain(axes)
+
+
+def _beside(axes: Axes, text: str, x: float, y: float) -> None:
+    axes.annotate(text, (x, y), (7, 0), textcoords="offset points", va="center", fontsize=9)
+
+
+def _look(index: int) -> dict[str, Any]:
+    return {
+        "color": _COLOURS[index % 12],
+        "marker": _MARKERS[index % 12],
+        "linestyle": ("-", "--", ":")[index // 12 % 3],
+    }

@@ -1,0 +1,59 @@
+"""Task types: what a model is asked, what it is trained on, how it is measured.
+
+`TASKS` maps the names that users type to builders: options -> `Task`. To add one, write a file with a builder that
+returns a `Task` and give the builder as `kind`, or name it here. Costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from spryfl.tasks.causal_lm import causal_lm
+from spryfl.tasks.classification import classification
+from spryfl.tasks.multiple_choice import multiple_choice
+from spryfl.tasks.multirc import multirc
+from spryfl.tasks.prompted import prompted, prompted_choice
+from spryfl.tasks.question_answering import question_answering
+from spryfl.tasks.record import AT, OF, TARGETS, Rows, Task
+from spryfl.tasks.rows import by_length, collate, encode, inputs, shuffled
+
+TASKS: dict[str, Callable[..., Task]] = {
+    "classification": classification,
+    "prompted": prompted,
+    "multiple_choice": multiple_choice,
+    "prompted_choice": prompted_choice,
+    "question_answering": question_answering,
+    "multirc": multirc,
+    "causal_lm": causal_lm,
+}
+
+
+def build(choice: Mapping[str, Any]) -> Task:
+    """The task that a choice names: {"kind": key or builder, option: value, ...}.
+
+    >>> build({"kind": "classification"}).metric
+    'accuracy'
+    """
+    options = {key: value for key, value in choice.items() if key != "kind"}
+    kind: Any = choice["kind"]
+    if not callable(kind) and kind not in TASKS:
+        raise ValueError(f'task = "{kind}" is unknown. Possible: {", ".join(TASKS)}, or a builder of yours.')
+    return (kind if callable(kind) else TASKS[kind])(**options)
+
+
+__all__ = [
+    "AT",
+    "OF",
+    "TARGETS",
+    "TASKS",
+    "Rows",
+    "Task",
+    "build",
+    "by_length",
+    "classification",
+    "collate",
+    "encode",
+    "inputs",
+    "shuffled",
+]
