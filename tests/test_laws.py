@@ -211,7 +211,13 @@ def ended(made, folder, begun):
     return records, journal.load(opened)[0]
 
 
-@pytest.mark.parametrize("name", FEDERATED)
+# What a state may hold: Yogi's moments, an average, a guide, rounds to replay, a pool's sums.
+QUICK = ("spry", "baffle", "fwdllm_plus", "fedspzo", "fedkseed_pro")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FEDERATED]
+)
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(name, prepared, tmp_path):
     made = prepared(name)
     records, state = ended(made, tmp_path / "whole", job.begin(made, tmp_path / "whole"))
