@@ -71,12 +71,12 @@ def median() -> Aggregator:
     return _by_coordinate(middle)
 
 
-def trimmed_mean(share: float = 0.1) -> Aggregator:
+def trimmed_mean(share: float = 0.2) -> Aggregator:
     """The mean of each coordinate without its lowest and highest values.
 
     Args:
         share: of the m holders of a name, floor(share m) are dropped at each end, in [0, 0.5). With fewer than
-            1 / share holders that is nobody, and what is left is the plain unweighted mean: 8 clients need 0.125.
+            1 / share holders that is nobody, and what is left is the plain unweighted mean.
 
     >>> from torch import tensor
     >>> trimmed_mean(0.25)([{"a": tensor([v])} for v in (1.0, -9e9, 3.0, 9e9)], [1, 1, 1, 1])

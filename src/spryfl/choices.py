@@ -16,11 +16,14 @@ choice is a registry's key or a builder of yours. Costs nothing.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from spryfl.aggregate import AGGREGATORS, Aggregator
+import torch
+
+from spryfl.aggregate import AGGREGATORS, Aggregator, TooFewError
 from spryfl.assign import ASSIGNMENTS, Assignment
 from spryfl.estimators import DENSE, ESTIMATORS
 from spryfl.optimizers import LOCAL, OPTIMIZERS, SCHEDULES, Optimizer
@@ -220,6 +223,10 @@ def _check_together(method: Method, built: Built) -> None:
             f"Remove it.",
         ),
         (
+            method.aggregate["kind"] == "krum" and method.assignment["kind"] != "everyone",
+            'aggregate = "krum" compares whole answers: it needs assignment "everyone".',
+        ),
+        (
             built.local is None and method.head_lr != 1,
             'head_lr has no effect with local_optimizer "none": no local step is taken. Remove it.',
         ),
@@ -233,15 +240,28 @@ def _check_together(method: Method, built: Built) -> None:
             raise ValueError(why)
 
 
+def check_cohort(method: Method, cohort: int) -> None:
+    """A ValueError if so few clients a round, all of them answering, are too few for the method's aggregate."""
+    robust = builder("aggregate", method.aggregate["kind"])(
+        **{k: v for k, v in method.aggregate.items() if k != "kind"}
+    )
+    try:
+        robust([{"x": torch.zeros(1)}] * cohort, [1.0] * cohort)
+    except TooFewError as error:
+        raise ValueError(f"train.cohort = {cohort}: {error}") from None
+
+
 def _made(what: str, choice: Choice, **more: Any) -> Any:
     options = {key: value for key, value in choice.items() if key != "kind"}
     make = builder(what, choice["kind"])
     try:
         return make(**options, **more)
     except TypeError as error:
-        if more:
+        if more and "exact_head" not in inspect.signature(make).parameters:
+            able = [key for key, one in ESTIMATORS.items() if "exact_head" in inspect.signature(one).parameters]
             raise ValueError(
                 f'head = "exact" needs an estimator that leaves the head out; "{choice["kind"]}" does not '
-                f'(backprop\'s gradient of the head is exact already). Use head = "shared", or estimator "forward".'
+                f"(backprop's gradient of the head is exact already). "
+                f'Use head = "shared", or one of: {", ".join(able)}.'
             ) from error
         raise ValueError(f"method.{what}: {error}") from error
