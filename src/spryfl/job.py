@@ -18,8 +18,21 @@ from typing import Any, NamedTuple
 
 import torch
 
-from spryfl import client, costs, data, journal, ledger, methods, models, noise, partition, server, tasks, train
-from spryfl.adapters import ADAPTERS
+from spryfl import (
+    adapters,
+    client,
+    costs,
+    data,
+    journal,
+    ledger,
+    methods,
+    models,
+    noise,
+    partition,
+    server,
+    tasks,
+    train,
+)
 from spryfl.config import Experiment
 from spryfl.engines.simulate import simulation
 from spryfl.journal import Journal, Progress
@@ -74,8 +87,7 @@ def read(experiment: Experiment) -> data.Corpus:
 
 def deal(experiment: Experiment, corpus: data.Corpus) -> tuple[tuple[int, ...], ...]:
     """Each client's rows of the training set."""
-    split = dict(experiment.partition.split)
-    make = partition.PARTITIONS[split.pop("kind")](**split)
+    make = partition.build(experiment.partition.split)
     labels, groups = corpus.train.label, corpus.train.group
     return make(labels, groups, experiment.partition.clients, noise.child_seed(experiment.seed, "partition"))
 
@@ -92,8 +104,7 @@ def load_model(experiment: Experiment, labels: tuple[str, ...]) -> Model:
         seed=seed,
         task=(task := tasks.build(experiment.task)),
     )
-    options = dict(experiment.adapter)
-    adapter = m.adapter or ADAPTERS[options.pop("kind")](**options)
+    adapter = m.adapter or adapters.build(experiment.adapter)
     _, source = models.resolve(m.name)
     where: dict[str, Any] = {"source": source, "seed": seed, "device": experiment.device}
     return models.prepare(base, tokenizer, labels, adapter, **where, task=task)
