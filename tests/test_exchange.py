@@ -363,14 +363,12 @@ def test_scalars_where_values_were_asked_for_are_refused():
 def test_another_noise_on_the_other_side_is_an_error(monkeypatch):
     built = build(Method("m", FORWARD, exchange="scalars"))
     told = server.begin(server.init(start(), built, 4), UNITS, [0], built, seed=3)[0]
-    trace.fingerprint.cache_clear()
     gaussian = noise.DISTRIBUTIONS["gaussian"]
     monkeypatch.setitem(
         noise.DISTRIBUTIONS, "gaussian", lambda seeds, like: tree.scale(gaussian(seeds, like), 1.0 + 1e-6)
     )
     with pytest.raises(ValueError, match="not the server's"):
         client.run(told, built, local(0))
-    trace.fingerprint.cache_clear()
 
 
 # The gate, the average, the guide

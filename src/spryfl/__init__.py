@@ -22,7 +22,7 @@ __version__ = "0.1.0"
 __all__ = ["Experiment", "Method", "finetune"]
 
 _HOME = {"finetune": "api", "Experiment": "config", "Method": "methods"}
-_MODULES = ("assign", "estimators", "jvp", "methods", "noise", "optimizers")
+_MODULES = ("adapters", "assign", "estimators", "jvp", "methods", "noise", "optimizers", "tasks", "testing")
 
 
 def __getattr__(name: str) -> Any:

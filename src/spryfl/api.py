@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from spryfl import adapters, job, models, noise, server, tasks
 from spryfl import data as source
-from spryfl import job, models, noise, server, tasks
-from spryfl.adapters import ADAPTERS
 from spryfl.config import Experiment, parse
 from spryfl.job import History, Job
 from spryfl.methods import Method
@@ -41,7 +40,8 @@ def finetune(
         method: a row's name, a `Method`, or changes as in TOML.
         folder: a new run folder; nothing is written without it.
         on_record: called with each round's record.
-        settings: sections of an Experiment, for example train={"rounds": 10}, adapter={"kind": "lora", "r": 2}.
+        settings: sections of an Experiment, for example train={"rounds": 10}, adapter={"kind": "lora", "r": 2},
+            task="question_answering".
 
     Returns:
         The records, the final values, and the model that carries them (a PEFT model, in evaluation mode).
@@ -116,12 +116,11 @@ def prepared(
             f"the model has {named.num_labels} labels and the task {len(outputs)} "
             f"({', '.join(outputs)}). Load the model with num_labels={len(outputs)}."
         )
-    options = dict(experiment.adapter)
     model = models.prepare(
         models.settled(module, tokenizer),
         tokenizer,
         corpus.labels,
-        ADAPTERS[options.pop("kind")](**options),
+        adapters.build(experiment.adapter),
         source=named.name_or_path,
         seed=noise.child_seed(experiment.seed, "model"),
         device=experiment.device,

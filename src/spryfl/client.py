@@ -140,7 +140,8 @@ def _same_noise(told: Instruction) -> None:
         raise ValueError(
             f"directions made on this machine are not the server's: fingerprint {trace.fingerprint()} here, "
             f"{told.fingerprint} there. Install the server's version of torch, or use distribution "
-            f'"rademacher" with versions that agree, or exchange = "weights".'
+            f'"rademacher" with versions that agree, or exchange = "weights". A distribution of your own must be in '
+            f"noise.DISTRIBUTIONS on both sides."
         )
 
 

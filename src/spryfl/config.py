@@ -170,7 +170,8 @@ class Experiment(BaseModel):
     def as_dict(self) -> dict[str, Any]:
         """Everything resolved, as plain values."""
         out = self.model_dump(by_alias=True, exclude={"method"})
-        out["task"] = _named(self.task)
+        out["task"], out["adapter"] = _named(self.task), _named(self.adapter)
+        out["partition"]["split"] = _named(self.partition.split)
         out["method"] = {key: _named(value) for key, value in asdict(self.method).items() if key not in _PROSE}
         return out
 
@@ -221,7 +222,11 @@ def nested(key: str, value: Any) -> dict[str, Any]:
 def _named(value: Any) -> Any:
     """A choice as plain values: a builder of the user's own stands by its name."""
     kind = value.get("kind") if isinstance(value, Mapping) else None
-    return {**value, "kind": f"{kind.__module__}.{kind.__qualname__}"} if callable(kind) else value
+    return {**value, "kind": f"{kind.__module__}.{_title(kind)}"} if callable(kind) else value
+
+
+def _title(builder: Callable[..., Any]) -> str:
+    return getattr(builder, "__qualname__", type(builder).__qualname__)
 
 
 def _spelled(key: str, value: Any) -> Any:
@@ -235,12 +240,23 @@ def resolve(what: str, registry: Mapping[str, Callable[..., Any]], given: Mappin
         raise ValueError(f"{what} = {given!r}: give a section with a kind, one of: {', '.join(registry)}.")
     kind: Any = given.get("kind")
     if callable(kind):
-        return dict(given)
+        return _fitted(what, kind, given)
     if kind not in list(registry):
         shown = "is missing" if kind is None else f'= "{kind}" is unknown{_nearest(str(kind), registry)}'
-        raise ValueError(f"{what}.kind {shown}. Possible: {', '.join(registry)}.")
+        raise ValueError(f"{what}.kind {shown}. Possible: {', '.join(registry)}; from Python a builder of yours too.")
     checked = _checked(what, kind, registry[kind], {k: v for k, v in given.items() if k != "kind"})
     return {"kind": kind, **checked}
+
+
+def _fitted(what: str, builder: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A choice by a builder of the user's own, its options checked against the builder's signature and the builder."""
+    options, signature = {key: value for key, value in given.items() if key != "kind"}, inspect.signature(builder)
+    try:
+        signature.bind(**options)
+    except TypeError as error:
+        raise ValueError(f"{what} ({_title(builder)}): {error}. It takes {signature}.") from None
+    builder(**options)
+    return {"kind": builder, **options}
 
 
 def _checked(what: str, kind: str, builder: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:

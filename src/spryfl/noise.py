@@ -135,6 +135,8 @@ def _orthogonal(seeds: Sequence[int], like: Params) -> dict[str, Tensor]:
     return {name: part.reshape(value.shape) for (name, value), part in zip(raw.items(), parts, strict=True)}
 
 
+# A law of your own is a function here, by its name, on both sides of the wire: equal seeds, names and shapes must give
+# equal values anywhere, one direction must not hang on the others of the call, and E[v v^T] must be I.
 DISTRIBUTIONS: dict[str, Callable[[Sequence[int], Params], dict[str, Tensor]]] = {
     "gaussian": _gaussian,
     "rademacher": _rademacher,

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import statistics as stats
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from heapq import heapify, heapreplace
 from itertools import accumulate
 from math import exp, isfinite, log
 from random import Random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 Parts = tuple[tuple[int, ...], ...]  # rows by client, each ascending
 Partition = Callable[[Sequence[int], Sequence[str] | None, int, int], Parts]  # (labels, groups, clients, seed)
@@ -98,6 +98,13 @@ def natural() -> Partition:
 
 
 PARTITIONS: dict[str, Callable[..., Partition]] = {"iid": iid, "dirichlet": dirichlet, "natural": natural}
+
+
+def build(choice: Mapping[str, Any]) -> Partition:
+    """The partition that a choice names: {"kind": key or builder, option: value, ...}."""
+    options = {key: value for key, value in choice.items() if key != "kind"}
+    kind: Any = choice["kind"]
+    return (kind if callable(kind) else PARTITIONS[kind])(**options)
 
 
 def hold_out(indices: Sequence[int], share: float, seed: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

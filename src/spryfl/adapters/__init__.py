@@ -14,9 +14,14 @@
 
 A forward-mode estimate from K directions has cos^2 = K/(d + K + 1) with the gradient of d values: few values are the
 strongest lever there is. Whatever the adapter, the task's head (all that the model has outside its trunk) is trained
-and saved with it. A family is one builder in families.py: options -> what `wrap` needs. Cost: the values themselves,
-float32, and what a family says of its fixed ones.
+and saved with it. A family is one builder in families.py, or one of yours: options -> what `wrap` needs. Cost: the
+values themselves, float32, and what a family says of its fixed ones.
 """
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 from spryfl.adapters.families import (
     ADAPTERS,
@@ -36,6 +41,16 @@ from spryfl.adapters.families import (
 from spryfl.adapters.put import TRAINED, load, save, wrap
 from spryfl.adapters.units import Adapted, adapted, head_modules
 
+
+def build(choice: Mapping[str, Any]) -> Adapter:
+    """The adapter that a choice names: {"kind": key or builder, option: value, ...}; a ValueError if no key is so."""
+    options = {key: value for key, value in choice.items() if key != "kind"}
+    kind: Any = choice["kind"]
+    if not callable(kind) and kind not in ADAPTERS:
+        raise ValueError(f'adapter = "{kind}" is unknown. Possible: {", ".join(ADAPTERS)}, or a builder of yours.')
+    return (kind if callable(kind) else ADAPTERS[kind])(**options)
+
+
 __all__ = [
     "ADAPTERS",
     "TRAINED",
@@ -43,6 +58,7 @@ __all__ = [
     "Adapter",
     "adapted",
     "bitfit",
+    "build",
     "fourierft",
     "head",
     "head_modules",

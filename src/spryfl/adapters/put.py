@@ -152,10 +152,11 @@ def _there(model: nn.Module) -> str:
 
 
 class _quiet(warnings.catch_warnings):
-    """Leaves out what PEFT warns of and a user can do nothing about: a deprecation, and a setting it mends itself."""
+    """Leaves out what PEFT warns of and a user can do nothing about: a deprecation, a setting it mends, norms."""
 
     def __enter__(self) -> Any:
         log = super().__enter__()
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False", category=UserWarning)
+        warnings.filterwarnings("ignore", message="Unsupported layer type", category=UserWarning)  # norms, in LN tuning
         return log

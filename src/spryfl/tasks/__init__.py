@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from spryfl.data.columns import Needs
 from spryfl.tasks.causal_lm import causal_lm
 from spryfl.tasks.classification import classification
 from spryfl.tasks.multiple_choice import multiple_choice
@@ -47,6 +48,7 @@ __all__ = [
     "OF",
     "TARGETS",
     "TASKS",
+    "Needs",
     "Rows",
     "Task",
     "build",
