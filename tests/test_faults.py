@@ -406,7 +406,11 @@ def test_no_global_generator_is_read_or_reseeded(name, prepared):
         assert random.getstate() == kept[1]
         return dict(state.params)
 
-    assert equal(final(1), final(2))
+    before = random.getstate()
+    try:
+        assert equal(final(1), final(2))
+    finally:
+        random.setstate(before)
 
 
 @pytest.mark.parametrize("distribution", noise.DISTRIBUTIONS)
