@@ -686,7 +686,7 @@ class TestRuns:
         [pytest.param(k, marks=[] if k in ("lora_xs", "vb_lora") else pytest.mark.slow) for k in adapters.ADAPTERS],
     )
     def test_a_run_that_is_interrupted_goes_on_to_the_same_adapter(self, kind, tiny, reviews, tmp_path, monkeypatch):
-        monkeypatch.setattr("spryfl.report.curves", lambda runs, path: None)
+        monkeypatch.setattr("spryfl.pictures.curves", lambda runs, path: None)
         words = ["--model", tiny, "--data", reviews, "--clients", 4, "--cohort", 2, "--rounds", 2, "--out", tmp_path]
         words += ["--set", "data.train_rows=40", "--set", "data.test_rows=20", "--set", "train.steps=2"]
         new = ["--set", f"adapter.kind={kind}", *{"vb_lora": ["--set", "adapter.length=16"]}.get(kind, [])]

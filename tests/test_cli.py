@@ -190,10 +190,40 @@ class TestUse:
         for name, row in METHODS.items():
             assert any(line.startswith(f"{name} ") and row.summary in line for line in out.splitlines())
 
-    def test_one_method(self, spryfl):
-        out = spryfl("methods", "spry")[1]
-        assert "2405.15551" in out
-        assert "forward(directions=1, distribution=gaussian)" in out
+    @pytest.mark.parametrize("name", METHODS)
+    def test_one_method(self, name, spryfl):
+        code, out, err = spryfl("methods", name)
+        assert (code, err) == (0, "")
+        row = METHODS[name]
+        assert row.summary in out
+        assert row.paper in out
+        assert f"{row.estimator['kind']}(" in out
+        assert "98,304 adapter values, 1,053,700 in the head of 4 classes" in out
+        assert "passes a step" in out
+
+    def test_one_method_at_other_shapes(self, tiny, spryfl):
+        code, out, _ = spryfl("methods", "spry", "--model", tiny, "--labels", 2, "--rank", 3, "--cohort", 2)
+        assert code == 0
+        assert "3 blocks, 32 wide, 1,152 adapter values, 66 in the head of 2 classes" in out
+        out = spryfl("methods", "spry", "--layers", 2, "--width", 64, "--batch", 1, "--tokens", 16)[1]
+        assert "2 blocks, 64 wide, 512 adapter values, 4,420 in the head of 4 classes; batches of 1 x 16" in out
+
+    def test_one_method_with_other_choices(self, spryfl):
+        out = spryfl("methods", "spry", "--set", "method.estimator.directions=7")[1]
+        assert "1 value, 7 tangent" in out
+
+    @pytest.mark.parametrize(
+        ("words", "said"),
+        [
+            (["--layers", 2, "--model", "minilm"], "--layers has no effect"),
+            (["--set", "train.rounds=3"], "no effect on a method"),
+            (["--cohort", 200], "cohort = 200"),
+            (["--rank", 0], "rank = 0"),
+        ],
+    )
+    def test_shapes_that_cannot_be(self, words, said, spryfl):
+        code, _, err = spryfl("methods", "spry", *words)
+        assert (code, said in err) == (2, True)
 
     def test_report_of_one(self, done, spryfl, tmp_path):
         picture = tmp_path / "a.png"

@@ -268,6 +268,11 @@ MISTAKES = [
     ({"method": {"estimator": 3}}, ["method.estimator = 3", "kind"]),
     ({"method": {"name": "fedavg", "head": "exact"}}, ['head = "exact"', '"backprop"', 'head = "shared"']),
     ({"method": {"name": "head_only", "head": "split"}}, ['head = "split"', "nothing to train", 'head = "shared"']),
+    (
+        {"method": {"name": "fedavg", "aggregate": "krum"}, "train": {"cohort": 4}},
+        ["train.cohort = 4", "krum"],
+    ),
+    ({"method": {"name": "spry", "aggregate": "krum"}}, ["krum", 'assignment "everyone"']),
     ({"method": 3}, ["method = 3", "spry, spry_per_iteration"]),
     ({"method": ["spry"]}, ["method = ['spry']"]),
     ({"method": {"name": 3}}, ['method "3" is unknown']),

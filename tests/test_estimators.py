@@ -118,7 +118,7 @@ def test_the_laws(name, options, claims):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "options", "claims"), cases(CASES + GRID))
 def test_the_laws_over_many_seeds(name, options, claims):
-    check_estimator(ESTIMATORS[name](**options), seeds=1000, **claims)
+    check_estimator(ESTIMATORS[name](**options), seeds=400, **claims)
 
 
 # What breaks a law must be found, and said.
@@ -595,6 +595,21 @@ def test_orthogonal_directions_of_two_blocks_are_those_that_expand_draws(pairing
         expected = [sum(along({0, q}) for q in (1, 2, 3)) / 6, *(along({0, q}) / 6 for q in (1, 2, 3))]
         expected += [sum(along({4, q}) for q in (5, 6, 7)) / 6, *(along({4, q}) / 6 for q in (5, 6, 7))]
     assert got == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
+def test_pilot_and_rest_are_averaged_by_what_they_cost():
+    params, batch = problem()
+    truth = true_gradient(params, batch)
+    estimator = two_block(p1=1, p2=2, pairing="decoupled", scheme="forward", mu=1e-4, budget=9.0)
+    estimate = estimator(Toy(), params, batch, 2)
+    weight = (1 * 1 + 2 * 0.5) / (9 - 1)  # the pilot's share of what directions may cost
+    blocks = [term.block == ("a",) for term in estimate.terms]
+    assert blocks[:3] == [True, False, False]
+    more = [sum(blocks[3:]), len(blocks[3:]) - sum(blocks[3:])]
+    for k, (term, first) in enumerate(zip(estimate.terms, blocks, strict=True)):
+        slope = sum(float((truth[n] * v.double()).sum()) for n, v in by_hand(estimate, params, k).items())
+        share = weight / (1 if first else 2) if k < 3 else (1 - weight) / more[0 if first else 1]
+        assert term.coefficient == pytest.approx(share * slope, rel=0.01, abs=2e-4)
 
 
 @pytest.mark.parametrize("scheme", ["central", "forward", "jvp"])

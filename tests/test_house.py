@@ -20,22 +20,22 @@ RANKS: list[list[str]] = [
     ["types"],
     ["tree", "noise", "wire", "jvp", "hub"],
     ["data"],
-    ["estimators", "assign", "optimizers", "aggregate", "partition", "adapters", "tasks", "costs"],
+    ["estimators", "assign", "optimizers", "aggregate", "partition", "adapters", "tasks"],
     ["hooks", "choices", "trace"],
     ["layout", "ledger", "methods"],
-    ["loss"],
+    ["loss", "costs"],
     ["models", "config", "journal"],
     ["client", "server"],
     ["train"],
     ["engines", "testing"],
     ["job"],
-    ["api", "report", "screen"],
+    ["api", "report", "screen", "explain"],
     ["pictures"],
     ["compare"],
     ["cli"],
 ]
 # A folder is one place: files import each other downwards.
-PACKAGES = ("jvp", "data", "estimators", "engines", "tasks", "adapters")
+PACKAGES = ("costs", "jvp", "data", "estimators", "engines", "tasks", "adapters")
 HUGGING_FACE = {"transformers", "peft", "datasets", "tokenizers", "accelerate"}
 MAY_USE = {
     "transformers": {"adapters", "layout", "models"},

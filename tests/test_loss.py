@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers as hf
 from jvp.families import FAMILIES, base, batch
 
 from spryfl import adapters, models, noise, tasks, tree
@@ -108,6 +109,7 @@ def test_nothing_is_kept_unless_asked_or_under_dropout(loaded):
     batch, moved = tasks.collate(rows, range(4)), of_layer(params, 2)
     for fn in (models.loss_fn(model, params), models.loss_fn(model, params, dropout=True, keep=1_000_000)):
         fn(moved, batch, 1)
+        fn.cut(batch, 1 if fn.dropout else None, 1).trunk(moved)
         assert not fn.prefix.answers
     assert fn.prefix.latest[1] is None
 
@@ -267,6 +269,18 @@ def test_layers_that_share_their_weights_are_refused_between_them():
 
 
 @quiet
+def test_blocks_that_hand_on_more_than_the_hidden_state_are_refused():
+    """T5's first block makes the position bias that the later ones are given."""
+    sizes = {**FAMILIES["t5-encoder"][1], "decoder_start_token_id": 0, "eos_token_id": 2}
+    module = adapters.wrap(
+        hf.T5ForSequenceClassification(hf.T5Config(**sizes)), adapters.lora(targets=("q", "v"))
+    ).module
+    rows = {"input_ids": torch.tensor([[5, 6, 2], [7, 8, 2]])}
+    with pytest.raises(ValueError, match="hand on more than the hidden state"):
+        ModelLoss(module, frozenset(), {}).cut(rows, None, 1)
+
+
+@quiet
 def test_a_value_that_all_blocks_are_given_is_refused():
     """DeBERTa's norm of its relative positions is made before the blocks and read in each of them."""
     fn, params, rows = made("deberta-v2", adapters.bitfit(), norm_rel_ebd="layer_norm")
@@ -349,6 +363,17 @@ def test_two_blocks_run_what_they_count(loaded, pairing, scheme, formula, top):
     sides = {"central": 2, "forward": 1, "jvp": 0}[scheme]
     once = {"joint": scheme != "central", "decoupled": True}[pairing]
     assert len(low) == (3 - top) * (2 * sides + once)  # once a direction of block 1 and side, never for each of block 2
+
+
+def test_a_checkpointed_top_runs_its_blocks_again_on_the_way_back(loaded):
+    model, params, rows = loaded
+    fn, rows = models.loss_fn(model, {}), tasks.collate(rows, range(4))
+    fn.cut(rows, None, 2)
+    for checkpoint in (False, True):
+        estimator = forward(exact_top=2, checkpoint=checkpoint)
+        estimate, ran = blocks_run(model, lambda e=estimator: e(fn, params, rows, 1))
+        assert [ran.count(block) for block in range(3)] == [1, 1 + checkpoint, 1 + checkpoint]
+        assert estimate.passes.value == pytest.approx(len(ran) / 3)
 
 
 def test_two_blocks_of_a_model_estimate_its_derivatives(loaded):

@@ -15,7 +15,7 @@ from tokenizers import models as tokenizing
 from typer.testing import CliRunner
 
 import spryfl
-from spryfl import adapters, api, cli, data, models, tasks
+from spryfl import adapters, api, cli, data, job, models, tasks
 from spryfl.config import parse
 from spryfl.data.examples import Examples
 from spryfl.estimators import forward
@@ -524,6 +524,35 @@ class TestMultiRC:
             assert all(side.extra["question"].count(one) == 5 for one in set(side.extra["question"]))
         assert data.from_datasets(table, needs=needs, test_share=0.25, seed=1).test != corpus.test
         assert "train_rows: 30 of 75 rows, each question whole" in corpus.notes
+
+
+def test_a_clients_own_score_is_the_metric_times_its_rows(folders, tmp_path):
+    """So that sums over clients, divided by all rows, give the mean weighted by rows."""
+    file = tmp_path / "m.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows_of("classification") * 3))
+    made = api.prepared(
+        parse(
+            {
+                "task": "classification",
+                "model": {"name": folders["bert"]},
+                "data": {"name": str(file), "test_share": 0.4},
+                "partition": {"clients": 2, "held_out": 0.5, "split": "iid"},
+            }
+        )
+    )
+    found = []
+    for client in range(2):
+        local, held = job.local(made)(client), list(made.held[client])
+        total, count = local.score(made.model.params, local.held_out())
+        batch = tasks.collate(made.rows, held)
+        answers = models.answers(made.model, made.model.params, batch)
+        expected = made.model.task.score(answers, [made.rows.labels[i] for i in held])["accuracy"]
+        assert count == len(held) > 1
+        assert total == pytest.approx(expected * len(held))
+        found.append(expected)
+    assert any(0 < one < 1 for one in found)
+    nobody = made._replace(held=((), ()))
+    assert job.local(nobody)(0).score(made.model.params, iter(())) == (0, 0)
 
 
 class TestPrompts:

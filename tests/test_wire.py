@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from spryfl import costs, wire
-from spryfl.types import Instruction, Passes, Unit, Update
+from spryfl.types import Instruction, Passes, Update
 
 TOLD = Instruction(
     3, 7, 2**62 + 1, ("a", "b"), {"a": torch.randn(2, 3), "b": torch.randn(0), "c": torch.ones(4)}, 0.1, True
@@ -55,18 +55,6 @@ def test_another_schema_is_refused(monkeypatch):
     monkeypatch.undo()
     with pytest.raises(ValueError, match="schema"):
         wire.unpack(data)
-
-
-def test_predicted_traffic_is_what_the_messages_hold_but_for_their_headers():
-    units = (Unit("a", ("a",), 6), Unit("b", ("b",), 4), Unit("h", ("h",), 3, head=True))
-    params = {"a": torch.zeros(6), "b": torch.zeros(4), "h": torch.zeros(3)}
-    told = [Instruction(1, i, 0, names, params) for i, names in enumerate((("a", "h"), ("b", "h")))]
-    done = [DONE._replace(client=t.client, params={n: params[n] for n in t.names}) for t in told]
-    predicted = costs.traffic(units, [(units[0], units[2]), (units[1], units[2])])
-    headers = sum(len(wire.encode(message._replace(params={}))) for message in [*told, *done])
-    index = sum(len(wire.encode(m)) for m in [*told, *done]) - headers - 4 * (predicted.down + predicted.up)
-    assert predicted == (26, 16)
-    assert 0 < index < 30 * 10  # a name and its shape for each of ten tensors
 
 
 def test_peak_memory_counts_what_is_alive_at_once():

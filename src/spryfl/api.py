@@ -40,7 +40,8 @@ def finetune(
         method: a row's name, a `Method`, or changes as in TOML.
         folder: a new run folder; nothing is written without it.
         on_record: called with each round's record.
-        settings: sections of an Experiment, for example train={"rounds": 10}, adapter={"kind": "lora", "r": 2}.
+        settings: sections of an Experiment, for example train={"rounds": 10}, adapter={"kind": "lora", "r": 2},
+            task="question_answering".
 
     Returns:
         The records, the final values, and the model that carries them (a PEFT model, in evaluation mode).

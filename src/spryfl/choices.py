@@ -21,7 +21,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from spryfl.aggregate import AGGREGATORS, Aggregator
+import torch
+
+from spryfl.aggregate import AGGREGATORS, Aggregator, TooFewError
 from spryfl.assign import ASSIGNMENTS, Assignment
 from spryfl.estimators import DENSE, ESTIMATORS
 from spryfl.optimizers import LOCAL, OPTIMIZERS, SCHEDULES, Optimizer
@@ -221,6 +223,10 @@ def _check_together(method: Method, built: Built) -> None:
             f"Remove it.",
         ),
         (
+            method.aggregate["kind"] == "krum" and method.assignment["kind"] != "everyone",
+            'aggregate = "krum" compares whole answers: it needs assignment "everyone".',
+        ),
+        (
             built.local is None and method.head_lr != 1,
             'head_lr has no effect with local_optimizer "none": no local step is taken. Remove it.',
         ),
@@ -232,6 +238,17 @@ def _check_together(method: Method, built: Built) -> None:
     ):
         if wrong:
             raise ValueError(why)
+
+
+def check_cohort(method: Method, cohort: int) -> None:
+    """A ValueError if so few clients a round, all of them answering, are too few for the method's aggregate."""
+    robust = builder("aggregate", method.aggregate["kind"])(
+        **{k: v for k, v in method.aggregate.items() if k != "kind"}
+    )
+    try:
+        robust([{"x": torch.zeros(1)}] * cohort, [1.0] * cohort)
+    except TooFewError as error:
+        raise ValueError(f"train.cohort = {cohort}: {error}") from None
 
 
 def _made(what: str, choice: Choice, **more: Any) -> Any:

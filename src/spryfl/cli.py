@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from spryfl.screen import Screen, Turns, classes, head, notes, shown, table
+from spryfl.screen import Screen, Turns, classes, head, notes, table
 
 if TYPE_CHECKING:
     from spryfl.compare import Comparison
@@ -129,34 +129,46 @@ def resume(folder: Annotated[Path, typer.Argument(help="The folder of a run or o
 
 
 @app.command("methods")
-def methods_(name: Annotated[str | None, typer.Argument(help="A row, for all its choices.")] = None) -> None:
-    """The table of methods, or one of them."""
-    from spryfl.methods import METHODS, named
+def methods_(
+    name: Annotated[str | None, typer.Argument(help="A row: what it is, its formula, its choices, its costs.")] = None,
+    model: Annotated[str, typer.Option(help="Costs for this one: a local folder, a hub name, or minilm.")] = "",
+    layers: Annotated[int | None, typer.Option(help="Blocks; without it RoBERTa-Large's 24.")] = None,
+    width: Annotated[int | None, typer.Option(help="Values of a hidden state; without it 1024.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens a row.")] = 128,
+    batch: Annotated[int, typer.Option(help="Rows a batch.")] = 8,
+    labels: Annotated[int, typer.Option(help="Classes.")] = 4,
+    rank: Annotated[int, typer.Option(help="r of LoRA on query and value.")] = 1,
+    clients: Annotated[int, typer.Option(help="Clients in all.")] = 100,
+    cohort: Annotated[int, typer.Option(help="Clients a round.")] = 10,
+    steps: Annotated[int, typer.Option(help="Local batches a round.")] = 10,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Other choices: --set method.head=exact.")] = None,
+) -> None:
+    """The table of methods, or one of them with its formula and its predicted costs."""
+    from spryfl import explain
+    from spryfl.methods import METHODS
 
+    given = explain.sized(model, {"layers": layers, "width": width}, tokens, batch, labels, rank)
+    where = clients, cohort, steps
     if name is None:
+        if set_:
+            raise ValueError("--set changes one method: give its name too.")
+        rows = [(m, explain.brief(explain.costs(m, given, *where))) for m in METHODS.values()]
         table(
             out,
-            ("method", "gradient", "who trains what", "local", "server", "what it is"),
-            [
-                (
-                    m.name,
-                    m.estimator["kind"] + (", checkpointed" if m.estimator.get("checkpoint") else ""),
-                    m.assignment["kind"] if m.sharing == "federated" else m.sharing,
-                    m.local_optimizer["kind"],
-                    m.server_optimizer["kind"],
-                    m.summary,
-                )
-                for m in METHODS.values()
-            ],
+            ("method", "gradient", "who trains what", "passes", "up", "what it is"),
+            [(m.name, explain.gradient(m), explain.trainers(m), *costs, m.summary) for m, costs in rows],
         )
+        out.print(
+            "\nPasses of a step (value, tangent, backward) and what a client sends a round, predicted for", end=" "
+        )
+        out.print(explain.shown(given, *where), soft_wrap=True)
         return
-    row = named(name)
-    out.print(f"{row.name}: {row.summary}\n{row.paper}\n")
-    table(
-        out,
-        ("choice", "value"),
-        [(key, shown(value)) for key, value in vars(row).items() if key not in ("summary", "paper")],
-    )
+    row = explain.changed(name, set_ or [])
+    made = explain.costs(row, given, *where)
+    out.print(f"{row.name}: {row.summary}\n{row.paper}\n", soft_wrap=True)
+    table(out, ("choice", "value", "what it does"), explain.choices(row))
+    out.print(f"\ncosts at {explain.shown(given, *where)}", soft_wrap=True)
+    table(out, ("", "by the paper", "true"), explain.table(made))
 
 
 @app.command()

@@ -152,6 +152,7 @@ class Experiment(BaseModel):
         _consistent(self)
         _fitting(self, made, split)
         train = _settled(self)
+        methods.check_cohort(self.method, train.cohort)
         name = self.name or f"{self.method.name}-{Path(self.data.name).stem}"
         # The record is frozen for its users; here it is still being made.
         object.__setattr__(self, "task", task)

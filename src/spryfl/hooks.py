@@ -91,8 +91,8 @@ def visited(modules: Iterable[nn.Module], visit: Visit) -> Iterator[None]:
 def masks(module: nn.Module, seed: int | None, stages: Sequence[Iterable[nn.Module]] = ()) -> Iterator[None]:
     """Dropout on with masks from `seed`, or off; the mode and PyTorch's generators are afterwards what they were.
 
-    The generator starts anew at every call of a stage's modules and behind it, from the seed and the call's number. So
-    the masks of one part of the network do not depend on what ran before it, and a part alone has those of the whole.
+    The generator starts anew behind every call of a stage's modules, from the seed and the call's number. So the masks
+    of one part of the network do not depend on what ran before it, and a part alone has those of the whole.
     A layer without dropout is the same in both modes, so a model whose dropout is 0 draws nothing.
     """
     if seed is None:
@@ -111,7 +111,6 @@ def masks(module: nn.Module, seed: int | None, stages: Sequence[Iterable[nn.Modu
 
 def _reseeding(seed: int, stage: int) -> Visit:
     def visit(call: int, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        torch.manual_seed(child_seed(seed, "stage", stage, call))
         output = forward(*args, **kwargs)
         torch.manual_seed(child_seed(seed, "behind", stage, call))
         return output

@@ -6,7 +6,9 @@ Cost: the model once, the tokens of all rows, and what the loop costs.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
+import math
 import platform
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +18,21 @@ from typing import Any, NamedTuple
 
 import torch
 
-from spryfl import adapters, client, data, journal, ledger, methods, models, noise, partition, server, tasks, train
+from spryfl import (
+    adapters,
+    client,
+    costs,
+    data,
+    journal,
+    ledger,
+    methods,
+    models,
+    noise,
+    partition,
+    server,
+    tasks,
+    train,
+)
 from spryfl.config import Experiment
 from spryfl.engines.simulate import simulation
 from spryfl.journal import Journal, Progress
@@ -139,6 +155,18 @@ def _pooled_steps(experiment: Experiment, parts: Sequence[Sequence[int]]) -> int
 
 def _joined(parts: Sequence[Sequence[int]]) -> tuple[int, ...]:
     return tuple(sorted(index for part in parts for index in part))
+
+
+def predicted(job: Job) -> costs.Costs:
+    """What the experiment's method costs at its shapes, a row as long as the mean of the training rows."""
+    t, method = job.experiment.train, job.experiment.method
+    lengths = [len(one["input_ids"]) for row in job.rows.inputs for one in row]
+    sequences = t.batch_size * len(lengths) // max(len(job.rows.inputs), 1)
+    shapes = models.shapes_of(job.model.module, job.model.units, sequences, round(sum(lengths) / len(lengths)))
+    steps = job.steps or t.epochs * math.ceil(sum(map(len, job.parts)) / len(job.parts) / t.batch_size)
+    if method.sharing == "pooled":  # the steps of a cohort are counted already
+        method = dataclasses.replace(method, sharing="federated")
+    return train.predicted(method, shapes, job.plan.clients, job.plan.cohort, steps)
 
 
 def local(job: Job) -> Callable[[int], client.Local]:

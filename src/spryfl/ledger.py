@@ -111,10 +111,11 @@ def recorded(ledger: Ledger, moved: Round, params: Params) -> Ledger:
 
     Rounds are kept as long as they are fewer bytes together than the values: older ones would never be sent.
     """
-    rounds, limit = (*ledger.rounds, moved), 4 * tree.size(params)
-    sizes = [len(wire.dump(one)) for one in rounds]
-    while sizes and sum(sizes) > limit:
-        rounds, sizes = rounds[1:], sizes[1:]
+    rounds = (*ledger.rounds, moved._replace(size=len(wire.dump(moved.shares))))
+    total, limit = sum(one.size for one in rounds), 4 * tree.size(params)
+    while rounds and total > limit:
+        total -= rounds[0].size
+        rounds = rounds[1:]
     return ledger._replace(rounds=rounds)
 
 

@@ -91,12 +91,14 @@ class ModelLoss:
         """The cut below the last `top` blocks. The part above runs the model with the blocks below answered for."""
         layout = self._layout
         at, calls, above, both = layout.sides(top, tasks.inputs(batch))
+        # A kept prefix answers for blocks, whose calls are not seen then: the block says more than the count.
+        stop = layout.blocks[at] if calls == len(layout.blocks) else None
 
         def trunk(params: Params) -> Features:
             stopped = Heard()
 
             def visit(call: int, module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-                if call < at:
+                if call < at and module is not stop:
                     return forward(*args, **kwargs)
                 stopped.output = parted(args, kwargs)[0]
                 raise Reached

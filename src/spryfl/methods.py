@@ -9,9 +9,21 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from spryfl.choices import REGISTRIES, Built, Method, Seeds, build, builder
+from spryfl.choices import REGISTRIES, Built, Method, Seeds, build, builder, check_cohort
 
-__all__ = ["METHODS", "REGISTRIES", "Built", "Method", "Seeds", "build", "builder", "fedavg", "named", "spry"]
+__all__ = [
+    "METHODS",
+    "REGISTRIES",
+    "Built",
+    "Method",
+    "Seeds",
+    "build",
+    "builder",
+    "check_cohort",
+    "fedavg",
+    "named",
+    "spry",
+]
 
 _SPRY = Method(
     "spry",

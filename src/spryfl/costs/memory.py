@@ -1,24 +1,21 @@
-"""What a step costs: memory and passes, predicted and measured in one unit.
+"""Memory, measured: what a step holds at its peak above the loaded model, in bytes of tensors alive.
 
-Memory is what a step holds at its peak above the loaded model, in bytes of tensors alive: on a GPU the allocator's own
-count, elsewhere a count of every storage that PyTorch makes and frees. The count is the same on every system and does
-not include a kernel's own scratch space. Cost of measuring: some microseconds an operation, so `client` measures the
-first step only.
+On a GPU it is the allocator's own count, elsewhere a count of every storage that PyTorch makes and frees, the same on
+every system, without a kernel's own scratch space. Cost: some microseconds an operation, so `client` measures the first
+step only.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-from spryfl.types import Unit
 
 
 class _Storages(TorchDispatchMode):
@@ -59,21 +56,3 @@ def peak_memory(device: torch.device | str = "cpu") -> Iterator[Callable[[], int
         return
     with _Storages() as storages:
         yield lambda: storages.peak
-
-
-class Traffic(NamedTuple):
-    """Values that travel in one round; four bytes each, and some hundred bytes of header a message."""
-
-    down: int  # all clients together
-    up: int
-
-
-def traffic(sent: Sequence[Unit], dealt: Sequence[Sequence[Unit]]) -> Traffic:
-    """Predicted values of a round: each client gets all that may move, for its forward pass, and returns what it moved.
-
-    Args:
-        sent: the units that travel to every client.
-        dealt: each client's own units, those of the head among them.
-    """
-    down = sum(unit.size for unit in sent) * len(dealt)
-    return Traffic(down, sum(unit.size for mine in dealt for unit in mine))
