@@ -340,3 +340,65 @@ def test_an_unknown_name_says_that_a_builder_will_do():
         adapters.build({"kind": "lorra"})
     with pytest.raises(ValueError, match=r'adapter.kind = "own.norms" is unknown.*from Python a builder of yours'):
         spryfl.Experiment(adapter={"kind": "own.norms"})
+
+
+# The page and the README on methods
+
+
+def rows_of(text):
+    """The names in the first column of the tables."""
+    return {name for line in text.splitlines() if line.startswith("| `") for name in re.findall(r"`(\w+)`", cell(line))}
+
+
+def cell(line):
+    return line.split("|")[1]
+
+
+def test_the_page_has_every_row_and_its_paper():
+    text = page("methods.md")
+    table = text[text.index("## The rows") : text.index("## Where each is from")]
+    assert rows_of(table) == set(methods.METHODS)
+    numbers = {number for row in methods.METHODS.values() for number in re.findall(r"\d{4}\.\d{5}", row.paper)}
+    assert not [number for number in numbers if number not in text]
+    assert text.count("\n") <= 150
+
+
+def test_the_rows_on_the_page_are_the_rows_choices():
+    text = page("methods.md")
+    lines = [line for line in text[text.index("## The rows") :].splitlines() if line.startswith("| `")]
+    for line in lines[: len([x for x in lines if rows_of(x) & set(methods.METHODS)])]:
+        _, names, gradient, who, up, local_, served, _ = (part.strip() for part in line.split("|"))
+        for row in (methods.METHODS[name] for name in re.findall(r"`(\w+)`", names)):
+            kind, k = row.estimator["kind"], row.estimator.get("directions", 1)
+            words = {"forward": "forward mode", "central_difference": "central", "forward_difference": "forward diff"}
+            assert words.get(kind, kind.replace("_", " ")[:9]) in gradient.replace("blocks", "block"), names
+            assert f"K = {k}" in gradient or k == 1
+            assert ("split" in who) == (row.assignment["kind"] == "cyclic")
+            if row.sharing == "federated":
+                assert (up == "scalars") == (row.exchange == "scalars")
+                assert ("shared seeds" in gradient, "pool" in gradient) == tuple(
+                    row.seeds["kind"] == one for one in ("shared", "pool")
+                )
+                plain = {"sgd": ("mean", "sum", "SGD"), "yogi": ("Yogi",), "adam": ("Adam",)}
+                assert any(word in served for word in plain[row.server_optimizer["kind"]]), names
+            assert local_.lower() == row.local_optimizer["kind"], names
+
+
+def test_the_page_names_every_option():
+    text = page("methods.md")
+    fields = set(methods.Method.__dataclass_fields__) - {"name", "estimator", "sharing", "summary", "paper"}
+    wanted = fields | set(methods.REGISTRIES["assignment"]) | set(methods.REGISTRIES["aggregate"])
+    wanted |= set(methods.REGISTRIES["seeds"]) | set(noise.DISTRIBUTIONS)
+    assert not {word for word in wanted if f"`{word}`" not in text}
+
+
+def test_the_readme_has_every_row_every_page_and_every_file():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert rows_of(text[text.index("## Methods") : text.index("## Comparing")]) == set(methods.METHODS)
+    assert not [name for name in (*PAGES, "methods.md") if f"docs/{name})" not in text]
+    tree = text[text.index("## The tree") :]
+    source = Path(spryfl.__file__).parent
+    files = {path.name for path in source.glob("*.py")} - {"__init__.py"}
+    files |= {f"{path.parent.name}/" for path in source.glob("*/__init__.py")}
+    assert not [name for name in files if f" {name}" not in tree]
+    assert "not there yet" not in text
