@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import csv
+import functools
 import importlib.util
 import re
 import sys
@@ -333,6 +334,12 @@ def test_a_partition_of_ones_own():
     made = spryfl.Experiment(partition={"clients": 2, "split": {"kind": dealt}})
     assert partition.build(made.partition.split)([0] * 6, None, 2, 0) == ((0, 2, 4), (1, 3, 5))
     assert "dealt" in made.toml()
+    partial = functools.partial(partition.dirichlet, alpha=0.5)  # a builder without a name of its own
+    made = spryfl.Experiment(partition={"clients": 2, "split": {"kind": partial}})
+    assert "partial" in made.toml()
+    assert partition.build(made.partition.split)([0, 1] * 9, None, 2, 0) == partition.dirichlet(0.5)(
+        [0, 1] * 9, None, 2, 0
+    )
 
 
 def test_an_unknown_name_says_that_a_builder_will_do():

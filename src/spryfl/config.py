@@ -17,7 +17,7 @@ from typing import Any, Literal, Self, get_origin, get_type_hints
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
 
-from spryfl import methods
+from spryfl import choices, methods
 from spryfl.adapters import ADAPTERS
 from spryfl.methods import METHODS, REGISTRIES, Method
 from spryfl.partition import PARTITIONS
@@ -170,9 +170,9 @@ class Experiment(BaseModel):
     def as_dict(self) -> dict[str, Any]:
         """Everything resolved, as plain values."""
         out = self.model_dump(by_alias=True, exclude={"method"})
-        out["task"], out["adapter"] = _named(self.task), _named(self.adapter)
-        out["partition"]["split"] = _named(self.partition.split)
-        out["method"] = {key: _named(value) for key, value in asdict(self.method).items() if key not in _PROSE}
+        out["task"], out["adapter"] = choices.plain(self.task), choices.plain(self.adapter)
+        out["partition"]["split"] = choices.plain(self.partition.split)
+        out["method"] = {key: choices.plain(value) for key, value in asdict(self.method).items() if key not in _PROSE}
         return out
 
     def toml(self) -> str:
@@ -219,16 +219,6 @@ def nested(key: str, value: Any) -> dict[str, Any]:
     return value
 
 
-def _named(value: Any) -> Any:
-    """A choice as plain values: a builder of the user's own stands by its name."""
-    kind = value.get("kind") if isinstance(value, Mapping) else None
-    return {**value, "kind": f"{kind.__module__}.{_title(kind)}"} if callable(kind) else value
-
-
-def _title(builder: Callable[..., Any]) -> str:
-    return getattr(builder, "__qualname__", type(builder).__qualname__)
-
-
 def _spelled(key: str, value: Any) -> Any:
     """A choice given by its name alone, written out: "lora" is {"kind": "lora"}."""
     return {"name" if key == "method" else "kind": value} if isinstance(value, str) else value
@@ -240,23 +230,12 @@ def resolve(what: str, registry: Mapping[str, Callable[..., Any]], given: Mappin
         raise ValueError(f"{what} = {given!r}: give a section with a kind, one of: {', '.join(registry)}.")
     kind: Any = given.get("kind")
     if callable(kind):
-        return _fitted(what, kind, given)
+        return choices.fitted(what, kind, given)
     if kind not in list(registry):
         shown = "is missing" if kind is None else f'= "{kind}" is unknown{_nearest(str(kind), registry)}'
         raise ValueError(f"{what}.kind {shown}. Possible: {', '.join(registry)}; from Python a builder of yours too.")
     checked = _checked(what, kind, registry[kind], {k: v for k, v in given.items() if k != "kind"})
     return {"kind": kind, **checked}
-
-
-def _fitted(what: str, builder: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """A choice by a builder of the user's own, its options checked against the builder's signature and the builder."""
-    options, signature = {key: value for key, value in given.items() if key != "kind"}, inspect.signature(builder)
-    try:
-        signature.bind(**options)
-    except TypeError as error:
-        raise ValueError(f"{what} ({_title(builder)}): {error}. It takes {signature}.") from None
-    builder(**options)
-    return {"kind": builder, **options}
 
 
 def _checked(what: str, kind: str, builder: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
@@ -294,8 +273,8 @@ def _method(given: Mapping[str, Any]) -> Method:
     if unknown:
         keys = [key for key in row if key not in _PROSE]
         raise ValueError(f"method.{unknown[0]} is unknown{_nearest(unknown[0], keys)}. Possible: {', '.join(keys)}.")
-    choices = {what: _changed(row[what], _spelled(what, given.get(what, {}))) for what in REGISTRIES}
-    return _resolved({**row, **given, **choices})
+    own = {what: _changed(row[what], _spelled(what, given.get(what, {}))) for what in REGISTRIES}
+    return _resolved({**row, **given, **own})
 
 
 def _changed(row: Mapping[str, Any], own: Any) -> Any:
@@ -306,10 +285,10 @@ def _changed(row: Mapping[str, Any], own: Any) -> Any:
 
 def _resolved(given: Mapping[str, Any]) -> Method:
     """A method whose choices have all their options, checked and built once."""
-    choices: Any = {what: resolve(f"method.{what}", registry, given[what]) for what, registry in REGISTRIES.items()}
+    chosen: Any = {what: resolve(f"method.{what}", registry, given[what]) for what, registry in REGISTRIES.items()}
     types = get_type_hints(Method)
     plain = {key: value for key, value in given.items() if key not in REGISTRIES}
-    made = Method(**typed({key: (types[key], ...) for key in plain}, plain, "method"), **choices)
+    made = Method(**typed({key: (types[key], ...) for key in plain}, plain, "method"), **chosen)
     methods.build(made)
     return made
 
