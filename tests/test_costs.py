@@ -69,11 +69,11 @@ def test_every_kind_is_predicted_and_tried():
 # Networks ----------------------------------------------------------------------------------------------------------
 
 
-def small(config):
+def small(config, rank=2):
     """A random model of that configuration with LoRA everywhere PEFT puts it, and its parts."""
     base = AutoModelForSequenceClassification.from_config(config, attn_implementation="eager").eval()
     base.config.pad_token_id, base.config.use_cache = 0, False
-    return adapters.wrap(base, adapters.lora(r=2))
+    return adapters.wrap(base, adapters.lora(r=rank))
 
 
 BERT = BertConfig(
@@ -222,6 +222,17 @@ def test_predicted_passes_and_operations_are_counted_ones(name, case, late, netw
     estimate, counted, step, given = estimated(adapted, *case, mine)
     compare(estimate, step, given)
     assert step_flops(given, step, mine) == pytest.approx(counted, rel=0.02)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("late", [0, 2])
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_backprop_through_large_adapters_to_a_part_in_five_hundred(name, late, checkpoint):
+    """At rank 16 the pairs' own products are not lost in the tolerance, nor is the head's."""
+    adapted = small(NETWORKS[name], rank=16)
+    mine = moved(adapted.units, late)
+    _, counted, step, given = estimated(adapted, "backprop", {"checkpoint": checkpoint}, mine)
+    assert step_flops(given, step, mine) == pytest.approx(counted, rel=0.002)
 
 
 def test_a_block_that_is_left_out_is_noticed(networks):
