@@ -21,8 +21,8 @@ RANKS: list[list[str]] = [
     ["tree", "noise", "wire", "jvp", "hub"],
     ["data"],
     ["estimators", "assign", "optimizers", "aggregate", "partition", "adapters", "tasks"],
-    ["hooks", "choices", "trace"],
-    ["layout", "ledger", "methods"],
+    ["hooks", "choices", "trace", "options"],
+    ["layout", "ledger", "methods", "sections"],
     ["loss", "costs"],
     ["models", "config", "journal"],
     ["client", "server"],
@@ -44,7 +44,7 @@ MAY_USE = {
     "matplotlib": {"pictures"},
     "rich": {"cli", "screen"},
     "typer": {"cli"},
-    "pydantic": {"config"},
+    "pydantic": {"config", "options", "sections"},
     "flwr": set(),
 }
 

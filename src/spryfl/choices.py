@@ -153,27 +153,6 @@ def builder(what: str, kind: str | Callable[..., Any]) -> Callable[..., Any]:
     return registry[kind]
 
 
-def fitted(what: str, builder: Callable[..., Any], given: Choice) -> dict[str, Any]:
-    """A choice by a builder of the user's own, its options checked against the builder's signature and the builder."""
-    options, signature = {key: value for key, value in given.items() if key != "kind"}, inspect.signature(builder)
-    try:
-        signature.bind(**options)
-    except TypeError as error:
-        raise ValueError(f"{what} ({_title(builder)}): {error}. It takes {signature}.") from None
-    builder(**options)
-    return {"kind": builder, **options}
-
-
-def plain(value: Any) -> Any:
-    """A choice as plain values: a builder of the user's own stands by its name."""
-    kind = value.get("kind") if isinstance(value, Mapping) else None
-    return {**value, "kind": f"{kind.__module__}.{_title(kind)}"} if callable(kind) else value
-
-
-def _title(builder: Callable[..., Any]) -> str:
-    return getattr(builder, "__qualname__", type(builder).__qualname__)
-
-
 def build(method: Method) -> Built:
     """The functions that a method's choices name; a ValueError says which choice does not fit."""
     _check(method)

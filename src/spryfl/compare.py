@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import tomli_w
 import torch
 
-from spryfl import config, job, journal, models, report, tasks
+from spryfl import config, job, journal, models, options, report, tasks
 from spryfl.config import Experiment
 from spryfl.job import Job
 from spryfl.journal import Journal
@@ -71,7 +71,7 @@ def parse(given: Mapping[str, Any], labels: Sequence[str] = (), seeds: Sequence[
     section = given.get("compare", {})
     if not isinstance(section, Mapping):
         raise ValueError(f"compare = {section!r}: it is a section, [compare]. Its keys: {', '.join(fields)}.")
-    said = config.typed(fields, section, "compare")
+    said = options.typed(fields, section, "compare")
     chosen = list(labels or said["methods"])
     _check_changes(said["changes"], {*said["methods"], *chosen})
     changes = {label: said["changes"][label] for label in chosen if label in said["changes"]}

@@ -6,21 +6,21 @@ new builder needs nothing here. An unknown key and a setting without effect are 
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, Self, get_origin, get_type_hints
+from typing import Any, Self, get_type_hints
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from spryfl import choices, methods
+from spryfl import methods
 from spryfl.adapters import ADAPTERS
 from spryfl.methods import METHODS, REGISTRIES, Method
+from spryfl.options import STRICT, nearest, resolve, spelled, title, told, typed
 from spryfl.partition import PARTITIONS
+from spryfl.sections import DataSection, ModelSection, PartitionSection, TrainSection
 from spryfl.tasks import TASKS, Task
 from spryfl.tasks import build as build_task
 
@@ -28,71 +28,8 @@ SCHEMA = 1
 _NAMING = ("kind", "name")  # a section that gives another one starts anew
 _PROSE = ("summary", "paper")  # of a method: said of it, not chosen
 _OWN_METHOD = ("estimator", "assignment", "local_optimizer", "server_optimizer")  # what one of one's own must choose
-_STRICT = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)  # true is no 1, "10" no 10
-_WRITTEN = {"int_type": "3", "float_type": "0.5", "bool_type": "true or false", "string_type": '"a text"'}  # in TOML
 _DEFAULT_METHOD = "spry"
 QUICKSTART = Path(__file__).with_name("quickstart.toml")  # what `spryfl run` does without arguments
-
-
-class ModelSection(BaseModel):
-    """The language model."""
-
-    model_config = _STRICT
-    name: str = "minilm"  # a local folder, a hub name, or the alias minilm
-    revision: str = ""  # of a hub name
-    attention: Literal["default", "eager", "sdpa"] = "default"
-    trust_remote_code: bool = False
-    adapter: str = ""  # folder of a saved adapter to start from
-
-
-class DataSection(BaseModel):
-    """Where the examples come from; empty column names are guessed, and the guess is said."""
-
-    model_config = _STRICT
-    name: str = "docstrings"  # a file, a folder with train and test files, a hub name, or docstrings
-    text: str = ""
-    pair: str = ""
-    label: str = ""
-    group: str = ""
-    test: str = ""  # another file with the test rows
-    test_share: float = Field(0.2, gt=0, lt=1)
-    train_rows: int = Field(0, ge=0)  # 0 = all
-    test_rows: int = Field(0, ge=0)
-    max_length: int = Field(128, ge=4)  # tokens
-    revision: str = ""
-
-
-class PartitionSection(BaseModel):
-    """How the training rows fall to the clients."""
-
-    model_config = _STRICT
-    clients: int = Field(40, ge=1)
-    held_out: float = Field(0.1, ge=0, lt=1)  # share of each client's rows kept for its own accuracy
-    split: dict[str, Any] = {}
-
-    @field_validator("split", mode="before")
-    @classmethod
-    def _full_split(cls, value: Any) -> Any:
-        return _spelled("split", value)
-
-
-class TrainSection(BaseModel):
-    """The rounds."""
-
-    model_config = _STRICT
-    rounds: int = Field(24, ge=1)
-    cohort: int = Field(8, ge=1)  # clients a round
-    batch_size: int = Field(8, ge=1)
-    epochs: int = Field(0, ge=0)  # local passes over a client's rows, instead of steps
-    steps: int = Field(10, ge=0)  # local batches a round
-    eval_every: int = Field(6, ge=1)  # rounds
-    patience: int = Field(0, ge=0)  # stop after so many evaluations without a better one; 0 = never
-    max_passes: int = Field(0, ge=0)  # end with the round that reaches it: value + tangent + backward; 0 = no limit
-    max_megabytes: float = Field(0.0, ge=0)  # the same, up and down, 1e6 bytes
-    max_seconds: float = Field(0.0, ge=0)  # the same, of rounds and evaluations
-    drop_clients: float = Field(0.0, ge=0, lt=1)  # simulated share of clients that do not answer
-    dropout: bool = False  # the model's own dropout layers while training
-    keep_prefix: float = Field(0.0, ge=0)  # MB of hidden states kept over a client's local epochs; batches then stay
 
 
 class Experiment(BaseModel):
@@ -102,7 +39,7 @@ class Experiment(BaseModel):
     3
     """
 
-    model_config = _STRICT
+    model_config = STRICT
     schema_: int = Field(SCHEMA, alias="schema")
     name: str = ""
     seed: int = Field(0, ge=0)
@@ -128,7 +65,7 @@ class Experiment(BaseModel):
     def _full_method(cls, value: Any) -> Method:
         if isinstance(value, Method):
             return _resolved(value.__dict__)
-        value = _spelled("method", value)
+        value = spelled("method", value)
         if not isinstance(value, Mapping):
             raise ValueError(f"method = {value!r}: give a section or a name, one of: {', '.join(METHODS)}.")
         return _method({"name": _DEFAULT_METHOD, **value})
@@ -136,7 +73,7 @@ class Experiment(BaseModel):
     @field_validator("adapter", "task", mode="before")
     @classmethod
     def _full_choice(cls, value: Any) -> Any:
-        return _spelled("adapter", value)
+        return spelled("adapter", value)
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -170,9 +107,9 @@ class Experiment(BaseModel):
     def as_dict(self) -> dict[str, Any]:
         """Everything resolved, as plain values."""
         out = self.model_dump(by_alias=True, exclude={"method"})
-        out["task"], out["adapter"] = choices.plain(self.task), choices.plain(self.adapter)
-        out["partition"]["split"] = choices.plain(self.partition.split)
-        out["method"] = {key: choices.plain(value) for key, value in asdict(self.method).items() if key not in _PROSE}
+        out["task"], out["adapter"] = _named(self.task), _named(self.adapter)
+        out["partition"]["split"] = _named(self.partition.split)
+        out["method"] = {key: _named(value) for key, value in asdict(self.method).items() if key not in _PROSE}
         return out
 
     def toml(self) -> str:
@@ -185,14 +122,14 @@ def parse(given: Mapping[str, Any]) -> Experiment:
     try:
         return Experiment(**given)
     except ValidationError as error:
-        raise ValueError("\n".join(dict.fromkeys(_told(one, Experiment) for one in error.errors()))) from None
+        raise ValueError("\n".join(dict.fromkeys(told(one, Experiment) for one in error.errors()))) from None
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Nested mappings, `changes` over `base`. Another kind or method name starts anew: options of the old one go."""
     out = dict(base)
     for key, value in changes.items():
-        old: Any = _spelled(key, out.get(key)) if isinstance(value, Mapping) else None
+        old: Any = spelled(key, out.get(key)) if isinstance(value, Mapping) else None
         fits = isinstance(old, Mapping) and isinstance(value, Mapping)
         # Other data keep their settings: a length limit or a column may well suit them too.
         renamed = fits and key != "data" and any(old.get(k, value.get(k)) != value.get(k, old.get(k)) for k in _NAMING)
@@ -219,44 +156,10 @@ def nested(key: str, value: Any) -> dict[str, Any]:
     return value
 
 
-def _spelled(key: str, value: Any) -> Any:
-    """A choice given by its name alone, written out: "lora" is {"kind": "lora"}."""
-    return {"name" if key == "method" else "kind": value} if isinstance(value, str) else value
-
-
-def resolve(what: str, registry: Mapping[str, Callable[..., Any]], given: Mapping[str, Any]) -> dict[str, Any]:
-    """A choice with all its options filled in and checked against its builder's signature and the builder itself."""
-    if not isinstance(given, Mapping):
-        raise ValueError(f"{what} = {given!r}: give a section with a kind, one of: {', '.join(registry)}.")
-    kind: Any = given.get("kind")
-    if callable(kind):
-        return choices.fitted(what, kind, given)
-    if kind not in list(registry):
-        shown = "is missing" if kind is None else f'= "{kind}" is unknown{_nearest(str(kind), registry)}'
-        raise ValueError(f"{what}.kind {shown}. Possible: {', '.join(registry)}; from Python a builder of yours too.")
-    checked = _checked(what, kind, registry[kind], {k: v for k, v in given.items() if k != "kind"})
-    return {"kind": kind, **checked}
-
-
-def _checked(what: str, kind: str, builder: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
-    signature = inspect.signature(builder, eval_str=True)
-    # The head policy is one setting for all estimators, method.head; it sets this argument.
-    arguments = {n: p for n, p in signature.parameters.items() if n != "exact_head"}
-    fields: dict[str, Any] = {n: (p.annotation, p.default) for n, p in arguments.items()}
-    values = typed(fields, options, f"{what} ({kind})")
-    builder(**values)
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-
-
-def typed(fields: dict[str, Any], given: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The values of fields (name -> type and default), of the right types; unknown names are errors."""
-    schema = create_model("Given", __config__=_STRICT, **fields)
-    tuples = {name for name, (type_, _) in fields.items() if get_origin(type_) is tuple}  # TOML has lists alone
-    values = {key: tuple(value) if key in tuples and isinstance(value, list) else value for key, value in given.items()}
-    try:
-        return schema(**values).model_dump()
-    except ValidationError as error:
-        raise ValueError("\n".join(_told(one, schema, where) for one in error.errors())) from None
+def _named(value: Any) -> Any:
+    """A choice as plain values: a builder of the user's own stands by its name."""
+    kind = value.get("kind") if isinstance(value, Mapping) else None
+    return {**value, "kind": f"{kind.__module__}.{title(kind)}"} if callable(kind) else value
 
 
 def _method(given: Mapping[str, Any]) -> Method:
@@ -266,15 +169,15 @@ def _method(given: Mapping[str, Any]) -> Method:
     """
     name = given["name"]
     if not isinstance(name, str) or (name not in METHODS and not set(_OWN_METHOD) <= set(given)):
-        near = _nearest(str(name), METHODS)
+        near = nearest(str(name), METHODS)
         raise ValueError(f'method "{name}" is unknown{near}. Possible: {", ".join(METHODS)}.')
     row = vars(METHODS.get(name) or Method(name))
     unknown = [key for key in given if key not in row or key in _PROSE]
     if unknown:
         keys = [key for key in row if key not in _PROSE]
-        raise ValueError(f"method.{unknown[0]} is unknown{_nearest(unknown[0], keys)}. Possible: {', '.join(keys)}.")
-    own = {what: _changed(row[what], _spelled(what, given.get(what, {}))) for what in REGISTRIES}
-    return _resolved({**row, **given, **own})
+        raise ValueError(f"method.{unknown[0]} is unknown{nearest(unknown[0], keys)}. Possible: {', '.join(keys)}.")
+    choices = {what: _changed(row[what], spelled(what, given.get(what, {}))) for what in REGISTRIES}
+    return _resolved({**row, **given, **choices})
 
 
 def _changed(row: Mapping[str, Any], own: Any) -> Any:
@@ -285,10 +188,10 @@ def _changed(row: Mapping[str, Any], own: Any) -> Any:
 
 def _resolved(given: Mapping[str, Any]) -> Method:
     """A method whose choices have all their options, checked and built once."""
-    chosen: Any = {what: resolve(f"method.{what}", registry, given[what]) for what, registry in REGISTRIES.items()}
+    choices: Any = {what: resolve(f"method.{what}", registry, given[what]) for what, registry in REGISTRIES.items()}
     types = get_type_hints(Method)
     plain = {key: value for key, value in given.items() if key not in REGISTRIES}
-    made = Method(**typed({key: (types[key], ...) for key in plain}, plain, "method"), **chosen)
+    made = Method(**typed({key: (types[key], ...) for key in plain}, plain, "method"), **choices)
     methods.build(made)
     return made
 
@@ -361,34 +264,3 @@ def read(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"configuration {path} is not UTF-8 (byte {error.start}). Save it as UTF-8.") from None
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"configuration {path} is not valid TOML: {error}.") from None
-
-
-def _told(error: Any, model: type[BaseModel], where: str = "") -> str:
-    """One pydantic error as: what was given, what is possible, what to do."""
-    path = [str(part) for part in error["loc"]]
-    place = ".".join(filter(None, [where, *path])) or "the experiment"
-    if error["type"] == "extra_forbidden":
-        keys = _keys(model, path[:-1])
-        possible = f"Possible: {', '.join(keys)}." if keys else "It takes no options."
-        return f"unknown key {place}{_nearest(path[-1], keys)}. {possible}"
-    if error["type"] == "value_error":
-        return str(error["ctx"]["error"])
-    if error["type"] == "model_type":
-        return f"{place} = {error['input']!r}: it is a section, [{place}]. Its keys: {', '.join(_keys(model, path))}."
-    if error["type"] == "dict_type":
-        return f"{place} = {error['input']!r}: it is a section, [{place}], with a kind."
-    said = error["msg"].replace("tuple", "list")
-    written = f", written as {_WRITTEN[error['type']]}" if error["type"] in _WRITTEN else ""
-    return f"{place} = {error['input']!r}: {said[0].lower()}{said[1:]}{written}."
-
-
-def _keys(model: type[BaseModel], path: Iterable[str]) -> list[str]:
-    for part in path:
-        inner = model.model_fields[part].annotation
-        model = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else model
-    return [field.alias or name for name, field in model.model_fields.items()]
-
-
-def _nearest(given: str, possible: Iterable[str]) -> str:
-    match = difflib.get_close_matches(given, list(possible), n=1)
-    return f" (did you mean {match[0]}?)" if match else ""

@@ -1,0 +1,70 @@
+"""The sections of an experiment that hold plain settings: model, data, partition, training. Costs nothing."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, field_validator
+
+from spryfl.options import STRICT, spelled
+
+
+class ModelSection(BaseModel):
+    """The language model."""
+
+    model_config = STRICT
+    name: str = "minilm"  # a local folder, a hub name, or the alias minilm
+    revision: str = ""  # of a hub name
+    attention: Literal["default", "eager", "sdpa"] = "default"
+    trust_remote_code: bool = False
+    adapter: str = ""  # folder of a saved adapter to start from
+
+
+class DataSection(BaseModel):
+    """Where the examples come from; empty column names are guessed, and the guess is said."""
+
+    model_config = STRICT
+    name: str = "docstrings"  # a file, a folder with train and test files, a hub name, or docstrings
+    text: str = ""
+    pair: str = ""
+    label: str = ""
+    group: str = ""
+    test: str = ""  # another file with the test rows
+    test_share: float = Field(0.2, gt=0, lt=1)
+    train_rows: int = Field(0, ge=0)  # 0 = all
+    test_rows: int = Field(0, ge=0)
+    max_length: int = Field(128, ge=4)  # tokens
+    revision: str = ""
+
+
+class PartitionSection(BaseModel):
+    """How the training rows fall to the clients."""
+
+    model_config = STRICT
+    clients: int = Field(40, ge=1)
+    held_out: float = Field(0.1, ge=0, lt=1)  # share of each client's rows kept for its own accuracy
+    split: dict[str, Any] = {}
+
+    @field_validator("split", mode="before")
+    @classmethod
+    def _full_split(cls, value: Any) -> Any:
+        return spelled("split", value)
+
+
+class TrainSection(BaseModel):
+    """The rounds."""
+
+    model_config = STRICT
+    rounds: int = Field(24, ge=1)
+    cohort: int = Field(8, ge=1)  # clients a round
+    batch_size: int = Field(8, ge=1)
+    epochs: int = Field(0, ge=0)  # local passes over a client's rows, instead of steps
+    steps: int = Field(10, ge=0)  # local batches a round
+    eval_every: int = Field(6, ge=1)  # rounds
+    patience: int = Field(0, ge=0)  # stop after so many evaluations without a better one; 0 = never
+    max_passes: int = Field(0, ge=0)  # end with the round that reaches it: value + tangent + backward; 0 = no limit
+    max_megabytes: float = Field(0.0, ge=0)  # the same, up and down, 1e6 bytes
+    max_seconds: float = Field(0.0, ge=0)  # the same, of rounds and evaluations
+    drop_clients: float = Field(0.0, ge=0, lt=1)  # simulated share of clients that do not answer
+    dropout: bool = False  # the model's own dropout layers while training
+    keep_prefix: float = Field(0.0, ge=0)  # MB of hidden states kept over a client's local epochs; batches then stay
