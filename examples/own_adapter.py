@@ -26,10 +26,10 @@ def main(model: str = "minilm", data: str = "docstrings") -> None:
     history = spryfl.finetune(
         model,
         data,
-        reading={"train_rows": 400, "test_rows": 100},
+        reading={"train_rows": 1000, "test_rows": 200},
         adapter={"kind": layer_norms},
-        method=spryfl.methods.fedavg(local_optimizer={"kind": "adamw", "lr": 1e-2}),
-        train={"rounds": 3, "cohort": 4, "steps": 5, "eval_every": 3},
+        method=spryfl.methods.fedavg(local_optimizer={"kind": "adamw", "lr": 5e-3}),
+        train={"rounds": 10, "cohort": 8, "steps": 5, "eval_every": 5},
         on_record=lambda r: print({key: r[key] for key in ("round", "loss", "accuracy") if key in r}),
     )
     print(f"{len(history.model.units)} units, {sum(unit.size for unit in history.model.units)} values, head included")

@@ -19,7 +19,7 @@ def similarity(top: float = 5.0) -> Task:
         plain = encode(tokenizer, examples, max_length)
         truths = tuple(float(s) / top for s in examples.extra.get("score", [float("nan")] * len(examples.text)))
         inputs = tuple(({**one, "labels": truth},) for (one,), truth in zip(plain.inputs, truths, strict=True))
-        return plain._replace(inputs=inputs, labels=truths)
+        return Rows(inputs, truths, plain.cut, plain.pad)
 
     return Task(
         auto="AutoModelForSequenceClassification",

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-LINES = {"own_model.py": 59, "jvp_alone.py": 24}
+RECIPES = {"own_estimator.py": 59, "own_adapter.py": 59, "own_task.py": 59}  # run in test_recipes.py
+LINES = {"own_model.py": 59, "jvp_alone.py": 24, **RECIPES}
 
 
 def run(name, *words):
