@@ -328,6 +328,11 @@ MISTAKES = {
     "no budget": ({"budget": {"passes": 0}}, "must be above 0"),
     "a budget twice": ({"budget": {"rounds": 3}}, "are the same setting"),
     "an unknown key": ({"method": ["spry"]}, "did you mean methods"),
+    "no methods, but changes": ({"methods": [], "changes": {"spry": {}}}, "compare.methods is empty"),
+    "no hint where the label is a row": (
+        {"changes": {"spry": {"method": {"exchange": "x"}}}},
+        "Possible: weights, scalars.$",
+    ),
     "an unknown setting": ({"changes": {"spry": {"train": {"stepps": 3}}}}, "spry: unknown key train.stepps"),
     "no folder's name": ({"methods": ["../spry"]}, "cannot be a folder's name"),
 }
@@ -395,6 +400,28 @@ class TestMistakes:
         code, _, err = spryfl("compare", "--config", toml, "--out", tmp_path / "all")
         assert (code, "holds no comparison" in err) == (2, True)
         assert [path.name for path in (tmp_path / "all").iterdir()] == ["thesis.txt"]
+
+    def test_what_cannot_be_leaves_no_folder(self, toml, reviews, spryfl, tmp_path, monkeypatch):
+        """So that the same folder can be given again when it is put right."""
+        for setting, said in (
+            ("data.name=nothing.csv", "nothing.csv does not exist"),
+            ("compare.changes.spry.method.estimator.exact_top=9", "compare, spry-seed0: top = 9"),
+        ):
+            code, _, err = spryfl("compare", "--config", toml, "--out", tmp_path / "all", "--set", setting)
+            assert (code, said in err) == (2, True)
+            assert not (tmp_path / "all").exists()
+
+        def stop(comparison, out):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(compare, "turns", stop)
+        code, _, err = spryfl("compare", "--config", toml, "--out", tmp_path / "all")
+        assert (code, "nothing was begun" in err) == (130, True)
+
+    def test_a_method_that_is_no_section(self, toml, spryfl, tmp_path):
+        change = "compare.changes.spry.method=3"
+        code, _, err = spryfl("compare", "--config", toml, "--out", tmp_path / "all", "--set", change)
+        assert (code, "method = 3: give a section or a name" in err) == (2, True)
 
     def test_seeds_that_are_no_numbers(self, toml, spryfl, tmp_path):
         code, _, err = spryfl("compare", "--config", toml, "--seeds", "0,one", "--out", tmp_path / "all")

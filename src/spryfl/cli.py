@@ -261,7 +261,7 @@ def predict(
     if not lines:
         raise ValueError("no text to predict: give texts as arguments, or lines on standard input.")
     model = models.open_adapter(folder, trust_remote_code, device)
-    given = {key: value for one in with_ or [] for key, value in settings.assignment(one).items()}
+    given = {key: value for one in with_ or [] for key, value in settings.assignment(one, "--with").items()}
     extra = {key: (value,) * len(lines) for key, value in given.items()}
     pairs = None if pair is None else (pair,) * len(lines)
     examples = Examples(tuple(lines), pairs, (0,) * len(lines), None, extra)
@@ -309,7 +309,8 @@ def _compare(comparison: Comparison, folder: Path, quiet: bool = False) -> None:
             for turn in turns:
                 screen.show(*turn)
     except KeyboardInterrupt:
-        err.print(f"\nstopped; the finished rounds are safe. Go on with: spryfl resume {folder}", soft_wrap=True)
+        begun = f"the finished rounds are safe. Go on with: spryfl resume {folder}"
+        err.print(f"\nstopped; {begun if folder.exists() else 'nothing was begun.'}", soft_wrap=True)
         raise typer.Exit(130) from None
     _compared(folder)
 

@@ -25,6 +25,7 @@ from spryfl import config, job, journal, models, options, report, tasks
 from spryfl.config import Experiment
 from spryfl.job import Job
 from spryfl.journal import Journal
+from spryfl.methods import METHODS
 from spryfl.models import Model
 from spryfl.tasks import Rows
 from spryfl.types import ServerState
@@ -73,24 +74,20 @@ def parse(given: Mapping[str, Any], labels: Sequence[str] = (), seeds: Sequence[
         raise ValueError(f"compare = {section!r}: it is a section, [compare]. Its keys: {', '.join(fields)}.")
     said = options.typed(fields, section, "compare")
     chosen = list(labels or said["methods"])
+    picked = list(seeds or said["seeds"] or [given.get("seed", 0)])
+    _check_lists(chosen, picked)
     _check_changes(said["changes"], {*said["methods"], *chosen})
     changes = {label: said["changes"][label] for label in chosen if label in said["changes"]}
-    own = {
-        **said,
-        "methods": chosen,
-        "seeds": list(seeds or said["seeds"] or [given.get("seed", 0)]),
-        "changes": changes,
-    }
-    _check_lists(own["methods"], own["seeds"])
+    own = {**said, "methods": chosen, "seeds": picked, "changes": changes}
     base = {key: value for key, value in given.items() if key not in ("compare", "seed", "name")}
     budget = _budget(said["budget"], base.get("train", {}))
     runs = {
         (label, seed): _experiment(base, label, changes.get(label, {}), budget, seed)
-        for seed in own["seeds"]
+        for seed in picked
         for label in chosen
     }
     whole = {**base, "compare": {key: value for key, value in own.items() if value}}
-    return Comparison(whole, tuple(chosen), tuple(own["seeds"]), runs)
+    return Comparison(whole, tuple(chosen), tuple(picked), runs)
 
 
 def numbers(text: str) -> list[int]:
@@ -149,14 +146,14 @@ def _experiment(
 ) -> Experiment:
     """The experiment of one run. `[method]` without a name holds for all labels, with one for that row's."""
     own = config.merge({"method": {"name": label}}, changes)
-    if isinstance(own["method"], str):
-        own["method"] = {"name": own["method"]}
+    own["method"] = options.spelled("method", own["method"])
     named = {"name": f"{label}-seed{seed}", "seed": seed}
     try:
         return config.parse(config.merge(config.merge(base, own), {**named, **({"train": budget} if budget else {})}))
     except ValueError as error:
+        unnamed = isinstance(own["method"], Mapping) and own["method"].get("name") == label not in METHODS
         hint = f'\n    A label of your own says which row it is: [compare.changes.{label}] method.name = "spry".'
-        raise ValueError(f"compare, {label}: {error}{hint if own['method'].get('name') == label else ''}") from None
+        raise ValueError(f"compare, {label}: {error}{hint if unnamed else ''}") from None
 
 
 def metric(comparison: Comparison) -> str:
@@ -165,16 +162,21 @@ def metric(comparison: Comparison) -> str:
 
 
 def create(comparison: Comparison, out: Path) -> None:
-    """Makes the comparison's folder; if it is there already, it must be of the same comparison.
-
-    Raises:
-        ValueError: the folder holds another one or something else; nothing in it was touched.
-    """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    """Makes the comparison's folder; if it is there already, it must be of the same comparison."""
+    if _is_free(comparison, out):
         with journal.writing(out):
             out.mkdir(parents=True, exist_ok=True)
         journal.write(out / FILE, tomli_w.dumps(comparison.given).encode())
-        return
+
+
+def _is_free(comparison: Comparison, out: Path) -> bool:
+    """Whether the folder is still to be made.
+
+    Raises:
+        ValueError: it holds another comparison or something else; nothing in it was touched.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return True
     if not (out / FILE).is_file():
         raise ValueError(f"{out} is there already and holds no comparison ({FILE}). Choose another --out.")
     there = {e.name: out / e.name / "config.toml" for e in comparison.runs.values() if (out / e.name).exists()}
@@ -186,6 +188,7 @@ def create(comparison: Comparison, out: Path) -> None:
             f"the comparison in {out} was begun with other settings: {'; '.join(changed[:3])}. "
             f"Choose another --out, or go on as it was begun: spryfl resume {out}"
         )
+    return False
 
 
 def begun(out: Path) -> Comparison:
@@ -215,9 +218,9 @@ def turns(comparison: Comparison, out: Path) -> Generator[Turn]:
 
     Close the iterator (`contextlib.closing`) to stop early: the runs are then called cancelled and can be gone on with.
     """
-    create(comparison, out)
+    _is_free(comparison, out)  # refuse before anything is loaded, write when all of it fits together
     for seed in comparison.seeds:
-        running = _opened([e for (_, k), e in comparison.runs.items() if k == seed], out)
+        running = _opened(comparison, seed, out)
         try:
             for name, record in rotation(running):
                 yield Turn(seed, name.removesuffix(f"-seed{seed}"), record)
@@ -247,13 +250,18 @@ def _newest(opened: Journal) -> int:
     return records[-1]["round"] if records else -1
 
 
-def _opened(experiments: Sequence[Experiment], out: Path) -> dict[str, _Running]:
+def _opened(comparison: Comparison, seed: int, out: Path) -> dict[str, _Running]:
     """The runs of one seed that are not complete, begun or gone on with."""
+    experiments = [e for (_, k), e in comparison.runs.items() if k == seed]
     folders = {e.name: out / e.name for e in experiments}
     there = {name: journal.open_folder(folder) for name, folder in folders.items() if folder.exists()}
     left = [e for e in experiments if e.name not in there or journal.facts_of(there[e.name])["state"] != "complete"]
-    running = {}
-    for made in _prepared(left):
+    running, jobs = {}, _prepared(left)
+    for made in jobs:
+        if made.experiment.name not in there:
+            _rehearse(made)
+    create(comparison, out)
+    for made in jobs:
         for opened in there.values():  # the complete ones, too, must be of these data
             job.same_data(opened, made)
         name = made.experiment.name
@@ -262,6 +270,13 @@ def _opened(experiments: Sequence[Experiment], out: Path) -> dict[str, _Running]
         opened, state, progress = job.resume(made, folders[name])
         running[name] = _Running(opened, job.run(made, opened, state, progress))
     return running
+
+
+def _rehearse(made: Job) -> None:
+    try:
+        job.rehearse(made)
+    except ValueError as error:
+        raise ValueError(f"compare, {made.experiment.name}: {error}") from None
 
 
 def _prepared(experiments: Sequence[Experiment]) -> list[Job]:

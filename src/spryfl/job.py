@@ -32,6 +32,7 @@ from spryfl import (
     server,
     tasks,
     train,
+    tree,
 )
 from spryfl.config import Experiment
 from spryfl.engines.simulate import simulation
@@ -112,9 +113,9 @@ def load_model(experiment: Experiment, labels: tuple[str, ...]) -> Model:
 
 def encode(experiment: Experiment, corpus: data.Corpus, model: Model) -> tuple[Rows, Rows]:
     """Tokens of the training and of the test rows."""
-    train, test = (
-        model.task.encode(model.tokenizer, side, experiment.data.max_length) for side in (corpus.train, corpus.test)
-    )
+    most = experiment.data.max_length
+    train, test = (model.task.encode(model.tokenizer, side, most) for side in (corpus.train, corpus.test))
+    models.check_length(model, [train, test])
     return train, test
 
 
@@ -232,8 +233,25 @@ def exchange(job: Job, state: ServerState) -> train.Exchange:
     )
 
 
+def rehearse(job: Job) -> None:
+    """One row through the estimator, for the clients with the fewest and the most values, before there is a folder.
+
+    A ValueError says what method and model cannot do together: too few blocks, more orthogonal directions than values.
+    """
+    plan, (state, _) = job.plan, train.start(job.plan, job.model.params)
+    told = server.begin(state, plan.units, train.cohort(plan, 1), plan.method, plan.seed)
+    told.sort(key=lambda one: tree.size(tree.select(one.params, one.names)))
+    for one in {told[i].client: told[i] for i in (0, -1)}.values():
+        values = tree.to(one.params, job.model.device)
+        loss_fn = models.loss_fn(job.model, tree.without(values, one.names))
+        batch = tasks.collate(job.rows, job.parts[one.client][:1], job.model.device)
+        plan.method.estimator(loss_fn, tree.select(values, one.names), batch, noise.child_seed(plan.seed, "rehearsal"))
+
+
 def begin(job: Job, folder: Path | None) -> tuple[Journal | None, ServerState, Progress]:
     """A new run, in a new folder if one is given."""
+    if folder:
+        rehearse(job)
     made = create(job, folder) if folder else None
     return (made, *train.start(job.plan, job.model.params))
 

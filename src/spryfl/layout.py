@@ -100,7 +100,8 @@ class Layout:
             )
         if not -1 <= top <= count:
             raise ValueError(
-                f"top = {top}, but {name} has {count} blocks. Give 0 (a cut before the head) to {count}, or -1 for all."
+                f"top = {top}, but {name} has {count} blocks. Give top, or exact_top of forward mode, 0 (a cut before "
+                f"the head) to {count}, or -1 for all."
             )
         at = 0 if top == -1 else count - top
         if at not in self._cuts:
