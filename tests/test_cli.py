@@ -266,6 +266,7 @@ BAD_FILES = {
     ),
     "a single class": (lines(["a day,good"] * 12), [], "class"),
     "no rows": (lines([]), [], "b.csv"),
+    "a row beyond the model's places": (lines([*GOOD, "a " * 80 + ",good"]), [], "data.max_length to 64 or less"),
 }
 BAD_WORDS = {
     "unknown key": (["--set", "train.round=3"], "did you mean rounds?"),
@@ -280,6 +281,12 @@ BAD_WORDS = {
     "no such adapter": (["--set", "model.adapter=nothing"], "nothing holds no adapter"),
     "no such file": (["--data", "nothing.csv"], "nothing.csv"),
     "no such configuration": (["--config", "nothing.toml"], "nothing.toml cannot be read"),
+    "a comparison": (["--set", "compare.seeds=[0]"], "spryfl compare --config"),
+    "more blocks than there are": (["--set", "method.estimator.exact_top=4"], "BertModel has 3 blocks"),
+    "more directions than values": (
+        ["--set", "method.estimator.distribution=orthogonal", "--set", "method.estimator.directions=2000"],
+        "2000 orthogonal directions do not fit",
+    ),
 }
 
 

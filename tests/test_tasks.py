@@ -88,6 +88,8 @@ TEXTS = [
     "it was good and very warm in town",
 ]
 LABELS = [1, 0, 0, 1, 0, 1]
+WORDS = ["bad", "good"]
+LABELS_OF_WORDS = ("neg", "pos")
 CHOICES = [["bad", "very very good"], ["dull day", "warm", "old house"], ["good", "bad"], ["no", "yes"]]
 CONTEXT = "tom lives in the old house near the river . anna lives in a small new house in town and it is very warm"
 
@@ -249,6 +251,26 @@ def qa_by_hand(model, row):
         if begin + room >= len(words):
             return total / windows, windows
         begin += room - 4
+
+
+@pytest.mark.parametrize(("family", "places"), [("Roberta", 16), ("Bert", 18)])
+def test_a_row_may_be_as_long_as_the_model_has_places(family, places):
+    """RoBERTa counts its places from behind the padding token's: 18 in its table are 16 tokens."""
+    config = getattr(hf, f"{family}Config")(**{**SIZES, "pad_token_id": 1}, max_position_embeddings=18, hidden_size=16)
+    module = getattr(hf, f"{family}Model")(config).eval()
+
+    def rows(count):
+        return tasks.Rows((({"input_ids": [3] * count},),), (0,), 0, 1)
+
+    model = models.Model(module, None, {}, (), (), "", torch.device("cpu"), tasks.build({"kind": "classification"}))
+    models.check_length(model, [rows(places)])
+    module(torch.tensor([[3] * places]))
+    with pytest.raises(
+        ValueError, match=f"the longest row has {places + 1} tokens, and the model has places for {places}"
+    ):
+        models.check_length(model, [rows(3), rows(places + 1)])
+    with pytest.raises((IndexError, RuntimeError)):
+        module(torch.tensor([[3] * (places + 1)]))
 
 
 def test_every_task_is_tested():
@@ -723,6 +745,19 @@ class TestSettings:
             parse(self.given(folders, task="prompted", method="head_only"))
         with pytest.raises(ValueError, match="this task needs answers"):
             data.load("docstrings", needs=tasks.build({"kind": "question_answering"}).needs)
+
+    @pytest.mark.parametrize("task", ["causal_lm", {"kind": "prompted", "template": "{text} it was", "words": WORDS}])
+    def test_an_encoder_says_nothing_that_comes_next(self, task, folders):
+        """It would see the answer, and look very good."""
+        built = tasks.build(task if isinstance(task, dict) else {"kind": task})
+        for family, causal in (("bert", False), ("gpt2", True), ("llama", True)):
+            base, words = models.load(folders[family], LABELS_OF_WORDS, task=built)
+            ready = lambda b=base, w=words: models.prepare(b, w, LABELS_OF_WORDS, adapters.lora(), task=built)  # noqa: E731
+            if causal:
+                assert ready().task is built
+            else:
+                with pytest.raises(ValueError, match=r"BertLMHeadModel\) reads ahead"):
+                    ready()
 
     def test_a_task_of_ones_own_is_one_builder(self, folders):
         """Whether a text is long, by a head of two outputs, measured by its own number."""

