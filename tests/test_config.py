@@ -251,6 +251,8 @@ MISTAKES = [
     ({"adapter": {"kind": "lora", "rank": 2}}, ["unknown key adapter (lora).rank", "Possible: r, alpha"]),
     ({"adapter": {"kind": "head", "r": 2}}, ["unknown key adapter (head).r", "takes no options"]),
     ({"adapter": {"kind": "lora", "r": 0}}, ["r = 0 of lora", "1 or more"]),
+    ({"adapter": {"q": 2}}, ["unknown key adapter (lora).q"]),
+    ({"task": {"words": ["a", "b"]}}, ["task.kind is missing"]),
     ({"adapter": {"kind": "lora", "r": "big"}}, ["adapter (lora).r = 'big'", "integer"]),
     ({"method": "sprry"}, ['method "sprry" is unknown', "did you mean spry?", "Possible: spry, spry_per_iteration"]),
     ({"method": {"name": "spry", "heads": "exact"}}, ["method.heads is unknown", "did you mean head?"]),
@@ -280,6 +282,15 @@ MISTAKES = [
     ({"partition": {"clients": 0}}, ["partition.clients = 0", "greater than or equal to 1"]),
     ({"partition": {"clients": 4}, "train": {"cohort": 5}}, ["train.cohort = 5", "partition.clients = 4", "Lower"]),
     ({"train": {"steps": 2, "epochs": 1}}, ["train.epochs = 1 has no effect", "train.steps = 2", "Remove one"]),
+    ({"method": {"name": "fedavg", "gate": 1.0}, "train": {"steps": 1}}, ["method.gate = 1.0", "train.steps = 1"]),
+    ({"method": {"name": "fedsgd", "gate": 1.0}}, ["method.gate = 1.0", "train.steps = 1 local batch"]),
+    ({"method": {"name": "fedavg", "guide": True}}, ["method.guide = True", "candidates = 1", "for forward, central"]),
+    ({"method": {"name": "fedkseed", "head_lr": 2.0}}, ['seeds = "pool"', 'here exchange "scalars"', "head_lr = 2"]),
+    (
+        {"method": {"name": "fedkseed", "local_optimizer": {"momentum": 0.9}}},
+        ['seeds = "pool"', 'local_optimizer "sgd" with momentum 0.9, server_optimizer "sgd",'],
+    ),
+    ({"compare": {}}, ["[compare] has no effect", "spryfl compare"]),
     ({"train": {"epochs": 0, "steps": 0}}, ["train.epochs = 0 and train.steps = 0", "Set one of them"]),
     ({"train": {"rounds": 0}}, ["train.rounds = 0", "greater than or equal to 1"]),
     ({"train": {"rounds": "many"}}, ["train.rounds = 'many'", "valid integer"]),
@@ -333,6 +344,11 @@ def test_a_whole_number_is_a_number_too():
     made = parse({"train": {"drop_clients": 0}, "method": {"head_lr": 2, "server_optimizer": {"lr": 1}}})
     assert (made.train.drop_clients, made.method.head_lr, made.method.server_optimizer["lr"]) == (0.0, 2.0, 1.0)
     assert all(isinstance(value, float) for value in (made.train.drop_clients, made.method.head_lr))
+
+
+def test_options_of_the_usual_adapter_need_no_kind():
+    assert parse({"adapter": {"r": 4}}).adapter == {**Experiment().adapter, "r": 4}
+    assert parse({"adapter": {"kind": "lora_xs", "r": 4}}).adapter["kind"] == "lora_xs"
 
 
 @pytest.mark.parametrize("values", [[8, 2], (8, 2)])

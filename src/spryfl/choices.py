@@ -199,6 +199,7 @@ def _check_together(method: Method, built: Built) -> None:
     """What two choices together must not be: each line says what, and what to do."""
     dense = method.estimator["kind"] in DENSE if isinstance(method.estimator["kind"], str) else False
     seeded = ", ".join(key for key in ESTIMATORS if key not in DENSE)
+    guided = ", ".join(key for key, one in ESTIMATORS.items() if "candidates" in inspect.signature(one).parameters)
     linear = built.local is not None and built.local.rate is not None and built.server.rate is not None
     plain = method.aggregate["kind"] == "mean" and method.assignment["kind"] == "everyone" and method.head_lr == 1
     for wrong, why in (
@@ -209,13 +210,14 @@ def _check_together(method: Method, built: Built) -> None:
         ),
         (
             (method.estimator.get("candidates", 1) > 1) != method.guide,
-            "method.guide and estimator.candidates go together: the last pseudo-gradient is sent so that an estimator "
-            "may choose among candidates. Set both, or neither.",
+            f"method.guide = {method.guide} and estimator.candidates = {method.estimator.get('candidates', 1)} go "
+            f"together: the last pseudo-gradient is sent so that an estimator may choose among candidates. Set both, "
+            f"for {guided}; or neither.",
         ),
         (
             bool(built.seeds.pool) and not (built.scalars and linear and plain),
-            'seeds = "pool" sums scalars over the whole run: it needs exchange "scalars", sgd without momentum on both '
-            'sides, aggregate "mean", assignment "everyone" and head_lr = 1.',
+            f'seeds = "pool" sums scalars over the whole run: it needs exchange "scalars", sgd without momentum on '
+            f'both sides, aggregate "mean", assignment "everyone" and head_lr = 1; here {", ".join(_of_pool(method))}.',
         ),
         (
             built.seeds.shared and dense,
@@ -238,6 +240,16 @@ def _check_together(method: Method, built: Built) -> None:
     ):
         if wrong:
             raise ValueError(why)
+
+
+def _of_pool(method: Method) -> list[str]:
+    """What a pool of seeds asks of a method, as it is there."""
+    choices = {what: vars(method)[what] for what in ("local_optimizer", "server_optimizer", "aggregate", "assignment")}
+    said = [
+        f'{what} "{one["kind"]}"' + (f" with momentum {one['momentum']:g}" if one.get("momentum") else "")
+        for what, one in choices.items()
+    ]
+    return [f'exchange "{method.exchange}"', *said, f"head_lr = {method.head_lr:g}"]
 
 
 def check_cohort(method: Method, cohort: int) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self, get_type_hints
 
 import tomli_w
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from spryfl import methods
 from spryfl.adapters import ADAPTERS
@@ -29,6 +29,7 @@ _NAMING = ("kind", "name")  # a section that gives another one starts anew
 _PROSE = ("summary", "paper")  # of a method: said of it, not chosen
 _OWN_METHOD = ("estimator", "assignment", "local_optimizer", "server_optimizer")  # what one of one's own must choose
 _DEFAULT_METHOD = "spry"
+_DEFAULT_ADAPTER = "lora"
 QUICKSTART = Path(__file__).with_name("quickstart.toml")  # what `spryfl run` does without arguments
 
 
@@ -49,7 +50,7 @@ class Experiment(BaseModel):
     task: dict[str, Any] = {"kind": "classification"}
     data: DataSection = DataSection()
     partition: PartitionSection = PartitionSection()
-    adapter: dict[str, Any] = {"kind": "lora"}
+    adapter: dict[str, Any] = {"kind": _DEFAULT_ADAPTER}
     method: Method = Field(default_factory=lambda: _method({"name": _DEFAULT_METHOD}))
     train: TrainSection = TrainSection()
 
@@ -72,8 +73,10 @@ class Experiment(BaseModel):
 
     @field_validator("adapter", "task", mode="before")
     @classmethod
-    def _full_choice(cls, value: Any) -> Any:
-        return spelled("adapter", value)
+    def _full_choice(cls, value: Any, info: ValidationInfo) -> Any:
+        value = spelled("adapter", value)
+        usual = info.field_name == "adapter" and isinstance(value, Mapping) and value and "kind" not in value
+        return {"kind": _DEFAULT_ADAPTER, **value} if usual else value
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -89,6 +92,11 @@ class Experiment(BaseModel):
         _consistent(self)
         _fitting(self, made, split)
         train = _settled(self)
+        if self.method.gate and train.steps == 1:
+            raise ValueError(
+                f"method.gate = {self.method.gate} needs a variance, and train.steps = 1 local batch a round has none. "
+                f"Set train.steps to 2 or more."
+            )
         methods.check_cohort(self.method, train.cohort)
         name = self.name or f"{self.method.name}-{Path(self.data.name).stem}"
         # The record is frozen for its users; here it is still being made.
@@ -119,6 +127,8 @@ class Experiment(BaseModel):
 
 def parse(given: Mapping[str, Any]) -> Experiment:
     """An experiment from nested plain values; every mistake in one ValueError, in the house's tone."""
+    if "compare" in given:
+        raise ValueError("[compare] has no effect on a single run. Remove it, or: spryfl compare --config FILE.")
     try:
         return Experiment(**given)
     except ValidationError as error:
@@ -137,11 +147,12 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
     return out
 
 
-def assignment(text: str) -> dict[str, Any]:
+def assignment(text: str, option: str = "--set") -> dict[str, Any]:
     """`a.b=c` as {"a": {"b": c}}; c is TOML, or a text as it stands."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise ValueError(f'--set "{text}" is not of the form a.b=c, for example --set train.rounds=10.')
+        shown = {"--set": ("a.b=c", "--set train.rounds=10")}.get(option, ("name=value", f"{option} word=plant"))
+        raise ValueError(f'{option} "{text}" is not of the form {shown[0]}, for example {shown[1]}.')
     try:
         parsed = tomllib.loads(f"x = {value}")["x"]
     except tomllib.TOMLDecodeError:
@@ -209,8 +220,6 @@ def _consistent(experiment: Experiment) -> None:
         raise ValueError("train.keep_prefix has no effect with one local epoch: no batch comes twice. Remove it.")
     if train.keep_prefix and train.dropout:
         raise ValueError("train.keep_prefix has no effect with train.dropout: the masks change. Remove one of them.")
-    if experiment.method.gate and train.steps == 1:
-        raise ValueError("method.gate needs a variance, and one local batch has none: set train.steps to 2 or more.")
     if not train.steps and not train.epochs:
         raise ValueError("train.epochs = 0 and train.steps = 0: no local training. Set one of them.")
     if experiment.method.assignment["kind"] == "nobody" and experiment.method.head == "split":

@@ -74,7 +74,8 @@ def choose(table: Table, asked: Columns, needs: Needs) -> tuple[Columns, list[st
         if not name:
             raise ValueError(
                 f"{table.source}: which column holds the {option}? Columns: {', '.join(table.names)}.\n"
-                f'    Name it: {option} = "...". (The first line of a .csv or .tsv file must name the columns.)'
+                f'    Name it: data.{option} = "...", or --{option}. (The first line of a .csv or .tsv file must name '
+                f"the columns.)"
             )
     _refuse_missing(table, chosen, needs)
     named = [*zip(Columns._fields[:4], asked[:4], chosen[:4], strict=True)]
