@@ -219,11 +219,20 @@ class TestUse:
             (["--set", "train.rounds=3"], "no effect on a method"),
             (["--cohort", 200], "cohort = 200"),
             (["--rank", 0], "rank = 0"),
+            (["--layers", 3, "--set", "method.estimator.exact_top=4"], "the last 4 blocks, and there are 3"),
         ],
     )
     def test_shapes_that_cannot_be(self, words, said, spryfl):
         code, _, err = spryfl("methods", "spry", *words)
         assert (code, said in err) == (2, True)
+
+    def test_the_table_at_one_block(self, spryfl):
+        """A row whose cut lies lower has no costs there; the others have."""
+        code, out, _ = spryfl("methods", "--layers", 1, "--width", 64)
+        rows = {line.split()[0]: line for line in out.splitlines() if line.strip()}
+        assert code == 0
+        assert " ? " in rows["fedspzo"]
+        assert "?" not in rows["fedmezo"]
 
     def test_report_of_one(self, done, spryfl, tmp_path):
         picture = tmp_path / "a.png"

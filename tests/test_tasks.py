@@ -88,8 +88,7 @@ TEXTS = [
     "it was good and very warm in town",
 ]
 LABELS = [1, 0, 0, 1, 0, 1]
-WORDS = ["bad", "good"]
-LABELS_OF_WORDS = ("neg", "pos")
+SENTIMENT = ["bad", "good"]
 CHOICES = [["bad", "very very good"], ["dull day", "warm", "old house"], ["good", "bad"], ["no", "yes"]]
 CONTEXT = "tom lives in the old house near the river . anna lives in a small new house in town and it is very warm"
 
@@ -256,7 +255,7 @@ def qa_by_hand(model, row):
 @pytest.mark.parametrize(("family", "places"), [("Roberta", 16), ("Bert", 18)])
 def test_a_row_may_be_as_long_as_the_model_has_places(family, places):
     """RoBERTa counts its places from behind the padding token's: 18 in its table are 16 tokens."""
-    config = getattr(hf, f"{family}Config")(**{**SIZES, "pad_token_id": 1}, max_position_embeddings=18, hidden_size=16)
+    config = getattr(hf, f"{family}Config")(**{**SIZES, "pad_token_id": 1}, max_position_embeddings=18, hidden_size=12)
     module = getattr(hf, f"{family}Model")(config).eval()
 
     def rows(count):
@@ -746,13 +745,15 @@ class TestSettings:
         with pytest.raises(ValueError, match="this task needs answers"):
             data.load("docstrings", needs=tasks.build({"kind": "question_answering"}).needs)
 
-    @pytest.mark.parametrize("task", ["causal_lm", {"kind": "prompted", "template": "{text} it was", "words": WORDS}])
+    @pytest.mark.parametrize(
+        "task", ["causal_lm", {"kind": "prompted", "template": "{text} it was", "words": SENTIMENT}]
+    )
     def test_an_encoder_says_nothing_that_comes_next(self, task, folders):
         """It would see the answer, and look very good."""
         built = tasks.build(task if isinstance(task, dict) else {"kind": task})
         for family, causal in (("bert", False), ("gpt2", True), ("llama", True)):
-            base, words = models.load(folders[family], LABELS_OF_WORDS, task=built)
-            ready = lambda b=base, w=words: models.prepare(b, w, LABELS_OF_WORDS, adapters.lora(), task=built)  # noqa: E731
+            base, words = models.load(folders[family], ("neg", "pos"), task=built)
+            ready = lambda b=base, w=words: models.prepare(b, w, ("neg", "pos"), adapters.lora(), task=built)  # noqa: E731
             if causal:
                 assert ready().task is built
             else:

@@ -152,7 +152,7 @@ def methods_(
     if name is None:
         if set_:
             raise ValueError("--set changes one method: give its name too.")
-        rows = [(m, explain.brief(explain.costs(m, given, *where))) for m in METHODS.values()]
+        rows = [(m, explain.listed(m, given, *where)) for m in METHODS.values()]
         table(
             out,
             ("method", "gradient", "who trains what", "passes", "up", "what it is"),

@@ -60,7 +60,21 @@ def costs(method: Method, given: Shapes, clients: int, cohort: int, steps: int) 
             raise ValueError(f"{name} = {value}; a round needs at least 1.")
     if cohort > clients:
         raise ValueError(f"cohort = {cohort} clients a round, but clients = {clients}. Lower the cohort.")
+    if (top := _top(method)) > given.layers:
+        raise ValueError(
+            f"{method.name} is cut below the last {top} blocks, and there are {given.layers}. Lower its top."
+        )
     return train.predicted(method, given, clients, cohort, steps)
+
+
+def _top(method: Method) -> int:
+    """How many of the last blocks lie above the method's cut."""
+    return max(method.estimator.get("exact_top", 0), method.estimator.get("top", 0))
+
+
+def listed(method: Method, given: Shapes, clients: int, cohort: int, steps: int) -> Row:
+    """`brief` of a method's costs; unknown where the model has too few blocks for it."""
+    return ("?", "?") if _top(method) > given.layers else brief(costs(method, given, clients, cohort, steps))
 
 
 def table(made: Costs) -> list[Row]:
