@@ -88,6 +88,16 @@ class TestRun:
         assert f'spryfl predict {folder} "a sentence of yours"' in ran.stdout
         assert "\x1b" not in ran.stdout
 
+    def test_what_it_says_of_the_method(self, done, flags, spryfl, tmp_path):
+        """An option that the row leaves at its default is said too, when it is changed."""
+        assert "method  spry\n" in done[1].stdout
+        top = ["--set", "method.estimator.exact_top=1", "--set", "method.head_lr=2.0", "--rounds", 1]
+        out = spryfl("run", *flags, *top, "--out", tmp_path)[1]
+        (line,) = [line for line in out.splitlines() if line.startswith("method")]
+        assert line.startswith("method  spry, but estimator forward(")
+        assert "exact_top=1" in line
+        assert line.endswith("; head_lr 2.0 (row: 1.0)")
+
     def test_its_configuration_runs_again_as_it_is(self, done, spryfl, tmp_path):
         folder, _ = done
         code, _, _ = spryfl("run", "--config", folder / "config.toml", "--out", tmp_path)

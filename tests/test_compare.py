@@ -496,6 +496,10 @@ class TestTable:
         _, table = report.summary(report.read_comparison(whole[0]).groups)
         assert said.splitlines()[2:] == [f"| {' | '.join(row)} |" for row in table]
 
+    def test_two_comparisons_are_not_reported_as_runs(self, whole, spryfl):
+        code, _, err = spryfl("report", whole[0], whole[0])
+        assert (code, f"{whole[0]} is a comparison. Give it alone" in err) == (2, True)
+
     def test_what_the_screen_shows(self, toml, whole, spryfl, tmp_path):
         out = Path(shutil.copytree(whole[0], tmp_path / "all"))
         shutil.rmtree(out / "spry-seed3")

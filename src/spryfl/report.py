@@ -42,6 +42,8 @@ def read(folder: Path) -> Run:
         lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.is_file() else []
         return Run(folder.resolve().name, config, facts, [json.loads(line) for line in lines])
     except OSError as error:
+        if is_comparison(folder):
+            raise ValueError(f"{folder} is a comparison. Give it alone, or runs in it: {folder}/*-seed*.") from None
         raise ValueError(
             f"{folder} is not a run folder: {Path(error.filename).name} is missing. Give runs/<name>."
         ) from None

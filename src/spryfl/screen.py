@@ -49,7 +49,7 @@ def classes(console: Console, labels: Sequence[str], statistics: Any) -> None:
 
 def head(console: Console, made: Job, folder: Path) -> None:
     """Before the first round: what is about to happen."""
-    from spryfl import job
+    from spryfl import config, job
     from spryfl.methods import METHODS
 
     e, m = made.experiment, made.model
@@ -68,20 +68,14 @@ def head(console: Console, made: Job, folder: Path) -> None:
     said = f"{traffic.down / 1e3:.0f} kB down and {traffic.up / 1e3:.0f} kB up" if traffic else "unknown"
     console.print(f"traffic {said} in the first round, predicted, without the messages' headers")
     row = METHODS.get(e.method.name)
+    usual = config.parse({"method": e.method.name}).method if row else e.method  # the row with all its options
     changed = [
         f"{key} {shown(value)} (row: {shown(getattr(row, key))})"
         for key, value in vars(e.method).items()
-        if row and not _same(value, getattr(row, key))
+        if key not in ("summary", "paper") and value != getattr(usual, key)
     ]
     console.print(f"method  {e.method.name}" + (f", but {'; '.join(changed)}" if changed else ""), soft_wrap=True)
     console.print(f"folder  {folder}\n", soft_wrap=True)
-
-
-def _same(given: Any, row: Any) -> bool:
-    """Whether a choice is the row's: an option that the row leaves at its default does not count as another."""
-    if isinstance(row, dict):
-        return all(given.get(key) == value for key, value in row.items())
-    return given == row
 
 
 def shown(value: Any) -> str:
