@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import warnings
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,12 @@ class TestRun:
         assert f"adapter {folder / 'adapter'}\n" in ran.stdout
         assert f'spryfl predict {folder} "a sentence of yours"' in ran.stdout
         assert "\x1b" not in ran.stdout
+
+    def test_a_warning_is_a_line(self, spryfl, monkeypatch):
+        monkeypatch.setattr(cli, "app", lambda: warnings.warn("a [bad] head", stacklevel=1))
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            assert spryfl() == (0, "", "warning a [bad] head\n")
 
     def test_what_it_says_of_the_method(self, done, flags, spryfl, tmp_path):
         """An option that the row leaves at its default is said too, when it is changed."""

@@ -694,6 +694,9 @@ class TestChoices:
 
 class TestCausal:
     def test_perplexity_is_of_all_tokens(self):
+        say = tasks.build({"kind": "causal_lm"}).say
+        assert say((3.0, 2), None, ()) == f"perplexity {math.exp(1.5):.3f}"
+        assert say((0.0, 0), None, ()) == "(one token: nothing to foresee)"
         found = tasks.build({"kind": "causal_lm"}).score([(3.0, 1), (1.0, 3)], [None, None])
         assert found == {"log_likelihood": -1.0, "perplexity": pytest.approx(math.e)}
 
@@ -847,3 +850,8 @@ class TestCommands:
         failed = self.say("predict", done["multiple_choice"][0], "a day")
         assert isinstance(failed.exception, ValueError)
         assert "needs choices, which is not there" in str(failed.exception)
+        for case, reads in (("multiple_choice", "choices"), ("causal_lm", "prompt, input")):
+            failed = self.say("predict", done[case][0], "a day", "--with", "chioces=3")
+            assert str(failed.exception) == f"--with chioces has no effect: this task reads {reads}. Remove it."
+        failed = self.say("predict", done["causal_lm"][0], "a day", "--with", "prompt")
+        assert '--with "prompt" is not of the form name=value' in str(failed.exception)

@@ -262,6 +262,9 @@ def predict(
         raise ValueError("no text to predict: give texts as arguments, or lines on standard input.")
     model = models.open_adapter(folder, trust_remote_code, device)
     given = {key: value for one in with_ or [] for key, value in settings.assignment(one, "--with").items()}
+    if unread := [key for key in given if key not in model.task.needs.extra]:
+        reads = ", ".join(model.task.needs.extra) or "nothing but the text and --pair"
+        raise ValueError(f"--with {unread[0]} has no effect: this task reads {reads}. Remove it.")
     extra = {key: (value,) * len(lines) for key, value in given.items()}
     pairs = None if pair is None else (pair,) * len(lines)
     examples = Examples(tuple(lines), pairs, (0,) * len(lines), None, extra)
@@ -377,10 +380,15 @@ def _free(folder: Path) -> Path:
     return next(one for one in candidates if not one.exists())
 
 
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:  # without the place in the source
+    err.print(f"warning {message}", style="yellow", soft_wrap=True)
+
+
 def main() -> None:
     """The entry point: every ValueError, and what the system refuses, is a message and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.showwarning = _warn
     try:
         app()
     except (ValueError, OSError) as error:

@@ -46,7 +46,7 @@ def causal_lm(between: str = "\n", end: bool = True) -> Task:
         loss=lambda output, batch: _losses(output, batch).sum() / max(_tokens(batch), 1),
         answers=_sums,
         score=_score,
-        say=lambda answer, truth, names: f"perplexity {_perplexity(answer[0] / max(answer[1], 1)):.3f}",
+        say=lambda answer, truth, names: _said(*answer),
         needs=_COLUMNS,
         head=False,
         terms=_tokens,
@@ -121,6 +121,10 @@ def _score(answers: Sequence[tuple[float, int]], truths: Sequence[Any]) -> dict[
     """Over all tokens of all rows."""
     loss = sum(total for total, _ in answers) / max(sum(count for _, count in answers), 1)
     return {"log_likelihood": -loss, "perplexity": _perplexity(loss)}
+
+
+def _said(total: float, tokens: int) -> str:
+    return f"perplexity {_perplexity(total / tokens):.3f}" if tokens else "(one token: nothing to foresee)"
 
 
 def _perplexity(loss: float) -> float:

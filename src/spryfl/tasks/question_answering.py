@@ -139,7 +139,10 @@ def _last_token(tokenizer: Any) -> int | None:
     if tokenizer.cls_token_id in tokenizer("a")["input_ids"]:
         return None
     if tokenizer.eos_token_id is None:
-        raise ValueError("question answering needs a classification or an end-of-text token, to say `no answer`.")
+        raise ValueError(
+            "question answering needs a classification or an end-of-text token, to say `no answer`; this tokenizer "
+            "adds no [CLS] and has no end-of-text token. Use another model."
+        )
     return tokenizer.eos_token_id
 
 
