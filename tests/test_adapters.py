@@ -173,7 +173,7 @@ class TestUnits:
             assert torch.equal(models.logits(model, model.params, batch()), plain(**inputs).logits)
 
     @pytest.mark.parametrize("family", HERE)
-    @pytest.mark.parametrize("kind", [*adapters.ADAPTERS.keys() - OFF_BASE])
+    @pytest.mark.parametrize("kind", sorted(adapters.ADAPTERS.keys() - OFF_BASE))
     def test_every_other_starts_as_the_model_it_is_put_on(self, family, kind):
         model, plain = prepared(family, built(kind, **({"std": 0.0} if kind == "lora_xs" else {}))), base(family)
         inputs = {name: value for name, value in batch().items() if name != "labels"}
@@ -212,7 +212,7 @@ class TestUnits:
         assert bool(found[0].any())
         assert not torch.allclose(*found)
 
-    @pytest.mark.parametrize("kind", adapters.ADAPTERS.keys() - {"ia3", "bitfit", "head"})
+    @pytest.mark.parametrize("kind", sorted(adapters.ADAPTERS.keys() - {"ia3", "bitfit", "head"}))
     def test_every_family_of_maps_chooses_targets_and_layers(self, kind):
         model = prepared("bert", built(kind, targets=("key",), layers=(1,)))
         found = model.module.base_model.targeted_module_names

@@ -479,17 +479,37 @@ def test_every_row_goes_on_from_its_saved_state_to_the_same_bits(name):
     assert wire.dump(again[-1][0]) == wire.dump(through[-1])
 
 
+def not_finite(update):
+    return update._replace(loss=math.nan)
+
+
+def nan_inside(update):
+    """NaN in what would move the values: a scalar, or a value."""
+    if update.trace is not None and len(update.trace.scalars):
+        return update._replace(trace=update.trace._replace(scalars=update.trace.scalars * math.nan))
+    return update._replace(params={name: value * math.nan for name, value in update.params.items()})
+
+
+def foreign(update):
+    """An answer for a value that it was not told to train."""
+    if update.trace is not None:
+        layouts = tuple(tuple(((99,), kind, count) for _, kind, count in one) for one in update.trace.layouts)
+        return update._replace(trace=update.trace._replace(layouts=layouts))
+    return update._replace(params={**update.params, "not mine": torch.ones(3)})
+
+
+@pytest.mark.parametrize("spoil", [not_finite, nan_inside, foreign])
 @pytest.mark.parametrize("name", SHARED)
-def test_every_row_shrugs_off_a_client_that_is_absent_or_not_finite(name):
+def test_every_row_shrugs_off_an_answer_that_is_broken_or_for_others_units(name, spoil):
     built = build(METHODS[name])
     state = server.init(start(), built, 4)
     told = server.begin(state, UNITS, [0, 1, 2], built, seed=3)
     answers = [client.run(one, built, local(one.client)) for one in told]
-    broken = answers[1]._replace(loss=math.nan)
-    with_it, refused = server.finish(state, told, [answers[0], broken, answers[2]], built, HEAD)
+    with_it, refused = server.finish(state, told, [answers[0], spoil(answers[1]), answers[2]], built, HEAD)
     without_it, _ = server.finish(state, told, [answers[0], answers[2]], built, HEAD)
-    assert "not finite" in refused.failed[1]
-    assert equal(with_it.params, without_it.params)
+    assert list(refused.failed) == [1]
+    assert wire.dump(with_it) == wire.dump(without_it)
+    assert not equal(with_it.params, state.params)
 
 
 @pytest.mark.parametrize("name", SHARED)

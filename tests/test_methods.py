@@ -67,6 +67,10 @@ class TestEveryRow:
             n.partition("/")[2] or n for n, v in final.items() if not torch.equal(v, start[n.partition("/")[2] or n])
         }
         assert moved
+        if made.experiment.method.gate:
+            assert set(records[1]["variance"]) == {str(client) for client in records[1]["cohort"]}
+            assert all(value > 0 for value in records[1]["variance"].values())
+            assert records[1]["gated"] == []
         assert all(bool(torch.isfinite(value).all()) for value in final.values())
 
     def test_the_same_seed_is_the_same_run(self, name, settings):

@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from spryfl.report import ALONG, Compared, Groups, Record, Run, columns, metric, peak, scored
 
@@ -90,12 +90,18 @@ def _panel(axes: Axes, title: str, along: Callable[[Record], float], groups: Gro
         _band(axes, runs, along, index, log)
     if log:
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
     else:
         axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=max(ends) > 4))
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_major_formatter(FuncFormatter(_short))
     axes.set_xlabel(title)
     _plain(axes)
+
+
+def _short(value: float, _: int | None = None) -> str:
+    return next((f"{value / size:g}{sign}" for sign, size in (("M", 1e6), ("k", 1e3)) if value >= size), f"{value:g}")
 
 
 def _band(axes: Axes, runs: Sequence[Run], along: Callable[[Record], float], index: int, log: bool = False) -> None:

@@ -171,16 +171,7 @@ def one_round(
         "round": round_,
         "cohort": [one.client for one in told],
         "failed": {str(client): why for client, why in {**answers.failed, **refused.failed}.items()},
-        **(
-            {
-                "gated": {
-                    str(client): variance if variance == variance else None
-                    for client, variance in refused.gated.items()
-                }
-            }
-            if refused.gated
-            else {}
-        ),
+        **_gate(plan.method, kept, refused),
         **({"note": refused.note} if refused.note else {}),
         "loss": _mean([(u.loss, u.examples) for u in kept]),
         **scores,
@@ -232,6 +223,14 @@ def _personal(updates: Sequence[Update]) -> Record:
         "personal_before": sum(u.correct_before for u in updates) / rows,
         "personal_after": sum(u.correct_after for u in updates) / rows,
     }
+
+
+def _gate(method: Built, updates: Sequence[Update], refused: server.Refused) -> Record:
+    """What the gate looked at, each client's variance (None where one batch has none), and whom it left out."""
+    if not method.gate:
+        return {}
+    variance = {str(u.client): u.variance if math.isfinite(u.variance) else None for u in updates}
+    return {"variance": variance, "gated": list(refused.gated)}
 
 
 def _scalars(updates: Sequence[Update]) -> Record:
