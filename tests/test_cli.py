@@ -313,6 +313,13 @@ BAD_WORDS = {
         ["--set", "method.estimator.distribution=orthogonal", "--set", "method.estimator.directions=2000"],
         "2000 orthogonal directions do not fit",
     ),
+    "more directions than the smallest client's values": (
+        [
+            *("--cohort", "4", "--set", 'method.assignment={kind="budget", values=[384, 64]}'),
+            *("--set", "method.estimator={distribution='orthogonal', directions=200}"),
+        ],
+        "200 orthogonal directions do not fit",
+    ),
 }
 
 
