@@ -204,6 +204,25 @@ def test_a_pool_is_drawn_from_and_what_was_large_is_drawn_more_often():
     assert sum(trace.pool_index(heavy, s) == 0 for s in range(2000)) / 2000 == pytest.approx(0.7, abs=0.04)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_pool_takes_no_scalars_of_other_seeds_or_terms(first):
+    built = build(POOLED)
+    state = server.init(start(), built, 4) if first else rounds(POOLED, 1)[-1][0]
+    told = server.begin(state, UNITS, [0, 1, 2, 3], built, seed=3)
+    memory = ledger.held_by_all(state, built)
+    full = [one._replace(params=ledger.restored(one, memory, built, HEAD)[0]) for one in told]
+    good, *bad = [client.run(one, built, local(one.client)) for one in full]
+    own = bad[0].trace._replace(seeds=torch.arange(3))
+    wide = bad[1].trace._replace(layouts=((((), "gaussian", 3),),), steps=(0,))
+    other = bad[2].trace._replace(layouts=((((), "rademacher", 1),),))
+    spoilt = [one._replace(trace=made) for one, made in zip(bad, (own, wide, other), strict=True)]
+    after, refused = server.finish(state, told, [good, *spoilt], built, HEAD)
+    alone, _ = server.finish(state, told, [good], built, HEAD)
+    assert set(refused.failed) == {1, 2, 3}
+    assert all("pool" in why for why in refused.failed.values())
+    assert equal(after.params, alone.params)
+
+
 def test_a_seed_of_the_pool_keeps_its_direction_over_rounds_and_clients():
     built = build(POOLED)
     told = server.begin(server.init(start(), built, 3), UNITS, [0, 1], built, seed=3)

@@ -159,6 +159,20 @@ def sum_up(ledger: Ledger, moved: Sequence[Share], names: Sequence[str], method:
     return ledger._replace(summed=summed, sizes=sizes, layout=layout)
 
 
+def strange(
+    ledger: Ledger, asked: Mapping[int, Instruction], updates: Sequence[Update], values: Params
+) -> dict[int, str]:
+    """Answers that the pool's sums have no place for: other seeds, or other terms than all steps before them.
+
+    In the first round those of the client with the lowest number count.
+    """
+    own = {u.client: _share(asked[u.client], u, list(values)) for u in sorted(updates, key=lambda u: u.client)}
+    fit = {i: s for i, s in own.items() if len(_trace(s).layouts) == 1 and not len(_trace(s).seeds)}
+    layouts = {i: _spelled_out(share, list(values)) for i, share in fit.items()}
+    known = ledger.layout or next(iter(layouts.values()), ())
+    return {i: "returns scalars that are not of the pool's seeds and terms" for i in own if layouts.get(i) != known}
+
+
 def _spelled_out(share: Share, names: Sequence[str]) -> Layout:
     """The layout of a share's steps, the places of its blocks written out."""
     rest = tuple(i for i, name in enumerate(names) if name not in share.params)

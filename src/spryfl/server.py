@@ -146,6 +146,8 @@ def finish(
     asked = {one.client: one for one in told}
     answers = list(updates)
     failed = {one.client: why for one in answers if (why := objection(one, asked.get(one.client)))}
+    if method.seeds.pool:
+        failed |= ledger.strange(state.ledger, asked, [u for u in answers if u.client not in failed], state.params)
     fitting = [one for one in answers if one.client not in failed]
     gated = {one.client: one.variance for one in fitting if method.gate and not one.variance <= method.gate}
     kept = [one for one in fitting if one.client not in gated]
