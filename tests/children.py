@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -41,6 +42,7 @@ def wait_for_lines(file: Path, count: int, child: multiprocessing.Process, secon
 
 
 def _main(arguments: list[str], log: str) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job was born deaf to it
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
