@@ -370,6 +370,19 @@ def test_a_trace_that_does_not_fit_is_refused_and_changes_nothing_but_its_absenc
     assert equal(with_it.params, without_it.params)
 
 
+def test_a_dense_part_of_another_shape_is_refused_though_no_values_were_sent():
+    """A client that caught up was sent no values: the shapes are the server's own."""
+    built = build(Method("m", FORWARD, exchange="scalars", head="exact"))
+    state = server.init(start(), built, 4)
+    told = server.begin(state, UNITS, [0, 1], built, seed=3)
+    good, bad = (client.run(one, built, local(one.client)) for one in told)
+    told[1] = told[1]._replace(params={}, catch_up=CatchUp(0))
+    bad = bad._replace(params={**bad.params, "head.bias": torch.zeros(1)})
+    after, refused = server.finish(state, told, [good, bad], built, HEAD)
+    assert "other shapes" in refused.failed[1]
+    assert equal(after.params, server.finish(state, told, [good], built, HEAD)[0].params)
+
+
 def test_scalars_where_values_were_asked_for_are_refused():
     built = build(Method("m", FORWARD))
     state = server.init(start(), built, 4)

@@ -16,12 +16,12 @@ and m^2 passes over the values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from spryfl.types import Params, Update
+from spryfl.types import Params
 
 Aggregator = Callable[[Sequence[Params], Sequence[float]], dict[str, Tensor]]  # by client: values, weight
 
@@ -144,17 +144,6 @@ AGGREGATORS: dict[str, Callable[..., Aggregator]] = {
     "trimmed_mean": trimmed_mean,
     "krum": krum,
 }
-
-
-def mean_by_name(updates: Iterable[Update]) -> dict[str, Tensor]:
-    """The mean of each name over those who returned it, weighted by their examples."""
-    ordered = sorted(updates, key=lambda u: u.client)
-    return mean()([update.params for update in ordered], [update.examples for update in ordered])
-
-
-def pseudo_gradient(params: Params, updates: Iterable[Update]) -> dict[str, Tensor]:
-    """Old values minus the mean of the new ones, for the names that came back."""
-    return {name: params[name] - value.to(params[name].device) for name, value in mean_by_name(updates).items()}
 
 
 def _by_coordinate(reduce: Callable[[Tensor], Tensor]) -> Aggregator:

@@ -49,10 +49,11 @@ class Walk:
     scalars: Scalars = Scalars()
     peak: int = 0
 
-    def add(self, estimate: Estimate) -> None:
-        """Counts one estimate."""
-        self.steps.append(estimate.terms)
-        self.dense = tree.add(self.dense, estimate.dense)
+    def add(self, estimate: Estimate, scalars: bool) -> None:
+        """Counts one estimate; what exchange by scalars sends is kept for it alone."""
+        if scalars:
+            self.steps.append(estimate.terms)
+            self.dense = tree.add(self.dense, estimate.dense)
         self.losses.append(estimate.loss)
         self.passes += estimate.passes
         self.scalars += estimate.scalars
@@ -108,7 +109,7 @@ def _walk(told: Instruction, current: Params, method: Built, local: Local) -> Wa
             estimate = method.estimator(loss_fn, walk.params, batch, seed)
         walk.peak = measured() if measured else walk.peak
         grads = gradient(estimate, walk.params, told, step)
-        walk.add(estimate)
+        walk.add(estimate, method.scalars)
         if method.gate or method.local is None:
             walk.total, walk.squares = tree.add(walk.total, grads), walk.squares + tree.norm(grads) ** 2
         if method.local:
@@ -118,7 +119,7 @@ def _walk(told: Instruction, current: Params, method: Built, local: Local) -> Wa
 
 def _answer(told: Instruction, walk: Walk, method: Built) -> tuple[Params, Trace | None]:
     """(the dense part, the trace) of the answer: new values, or the mean gradient where no local step was taken."""
-    count = len(walk.steps)
+    count = len(walk.losses)
     if not method.scalars:
         return (walk.params if method.local else tree.scale(walk.total, 1 / count)), None
     seeded = [name for name in told.names if name not in walk.dense]
@@ -129,7 +130,7 @@ def _answer(told: Instruction, walk: Walk, method: Built) -> tuple[Params, Trace
 
 def _variance(walk: Walk) -> float:
     """Of the mean of n gradients of d values, a value: (sum |g_i|^2 - n |mean|^2) / (d n (n - 1)); NaN for n < 2."""
-    n, size = len(walk.steps), tree.size(walk.total)
+    n, size = len(walk.losses), tree.size(walk.total)
     spread = walk.squares - tree.norm(walk.total) ** 2 / n
     return max(spread, 0.0) / (size * n * (n - 1)) if n > 1 else math.nan
 

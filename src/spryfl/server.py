@@ -54,6 +54,7 @@ def begin(
     round_ = state.round + 1
     dealt = deal(units, cohort, method, round_)
     sent = tuple(name for unit in needed(units, method) for name in unit.params)
+    pool = _pool(state, method, seed)
     told = [
         Instruction(
             round=round_,
@@ -64,7 +65,7 @@ def begin(
             lr_scale=lr_scale,
             evaluate=evaluate,
             guide={name: value for name, value in state.guide.items() if name in sent},
-            pool=_pool(state, method, seed),
+            pool=pool,
             fingerprint=trace.fingerprint() if method.scalars else "",
         )
         for client, mine in dealt.items()
@@ -145,7 +146,11 @@ def finish(
     """
     asked = {one.client: one for one in told}
     answers = list(updates)
-    failed = {one.client: why for one in answers if (why := objection(one, asked.get(one.client)))}
+    failed = {
+        one.client: why
+        for one in answers
+        if (why := objection(one, asked.get(one.client), personal(state.params, one.client, method)))
+    }
     if method.seeds.pool:
         failed |= ledger.strange(state.ledger, asked, [u for u in answers if u.client not in failed], state.params)
     fitting = [one for one in answers if one.client not in failed]
@@ -191,8 +196,8 @@ def _keeps(told: Instruction, method: Built) -> bool:
     return not method.seeds.pool or told.catch_up is not None or told.round == 1
 
 
-def objection(update: Update, told: Instruction | None) -> str:
-    """What is wrong with an update, or an empty text."""
+def objection(update: Update, told: Instruction | None, values: Params) -> str:
+    """What is wrong with an update, or an empty text; `values` are those that the round began with."""
     if told is None:
         return "this client was not asked"
     if update.round != told.round:
@@ -203,18 +208,18 @@ def objection(update: Update, told: Instruction | None) -> str:
         return f"claims {update.examples} examples"
     if not (math.isfinite(update.loss) and tree.is_finite(update.params)):
         return "returns values that are not finite"
-    return _unasked(update, told) or (trace.objection(update.trace, told.names, update.params) if update.trace else "")
+    return _unasked(update, told, values) or (
+        trace.objection(update.trace, told.names, update.params) if update.trace else ""
+    )
 
 
-def _unasked(update: Update, told: Instruction) -> str:
+def _unasked(update: Update, told: Instruction, values: Params) -> str:
     """Whether the dense part holds other names or shapes than were asked for."""
     names, asked = set(update.params), set(told.names)
     if not names <= asked or (update.trace is None and names != asked):
         return "returns other names than it was told to train"
-    shapes = {name: value.shape for name, value in told.params.items()}
-    if any(value.shape != shapes.get(name, value.shape) for name, value in update.params.items()):
-        return "returns other shapes than it was sent"
-    return ""
+    wrong = any(value.shape != values[name].shape for name, value in update.params.items())
+    return "returns other shapes than it was sent" if wrong else ""
 
 
 def needed(units: Sequence[Unit], method: Built) -> list[Unit]:
