@@ -216,6 +216,11 @@ def _consistent(experiment: Experiment) -> None:
         )
     if train.steps and train.epochs and "steps" in train.model_fields_set:
         raise ValueError(f"train.epochs = {train.epochs} has no effect with train.steps = {train.steps}. Remove one.")
+    if train.micro_batch > train.batch_size:
+        raise ValueError(
+            f"train.micro_batch = {train.micro_batch} rows at once, of train.batch_size = {train.batch_size}. Lower "
+            f"it, or 0 for whole batches."
+        )
     if train.keep_prefix and train.epochs == 1:
         raise ValueError("train.keep_prefix has no effect with one local epoch: no batch comes twice. Remove it.")
     if train.keep_prefix and train.dropout:

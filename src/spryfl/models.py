@@ -266,11 +266,16 @@ def check_length(model: Model, sides: Iterable[Rows]) -> None:
 
 
 def loss_fn(
-    model: Model, fixed: Params, guide: Params | None = None, dropout: bool = False, keep: int = 0
+    model: Model,
+    fixed: Params,
+    guide: Params | None = None,
+    dropout: bool = False,
+    keep: int = 0,
+    micro_batch: int = 0,
 ) -> ModelLoss:
     """The model's loss as a function of all trainable values but `fixed`; `keep` bytes for a prefix."""
     head = frozenset(name for unit in model.units if unit.head for name in unit.params)
-    return ModelLoss(model.module, head, fixed, dropout, Prefix(keep), guide or {}, model.task)
+    return ModelLoss(model.module, head, fixed, dropout, Prefix(keep), guide or {}, model.task, micro_batch)
 
 
 def logits(model: Model, params: Params, batch: Batch) -> Tensor:
