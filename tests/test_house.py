@@ -20,7 +20,7 @@ RANKS: list[list[str]] = [
     ["types"],
     ["tree", "noise", "wire", "jvp", "hub"],
     ["data"],
-    ["estimators", "assign", "optimizers", "aggregate", "partition", "adapters", "tasks"],
+    ["estimators", "assign", "optimizers", "aggregate", "partition", "adapters", "tasks", "backbone"],
     ["hooks", "choices", "trace", "options"],
     ["layout", "ledger", "methods", "sections"],
     ["loss", "costs"],
@@ -36,7 +36,7 @@ RANKS: list[list[str]] = [
     ["cli"],
 ]
 # A folder is one place: files import each other downwards.
-PACKAGES = ("costs", "jvp", "data", "estimators", "engines", "tasks", "adapters", "commands")
+PACKAGES = ("costs", "jvp", "backbone", "data", "estimators", "engines", "tasks", "adapters", "commands")
 HUGGING_FACE = {"transformers", "peft", "datasets", "tokenizers", "accelerate"}
 MAY_USE = {
     "transformers": {"adapters", "layout", "models"},
@@ -47,6 +47,7 @@ MAY_USE = {
     "typer": {"commands"},
     "pydantic": {"config", "options", "sections"},
     "flwr": set(),
+    "bitsandbytes": {"backbone"},
 }
 
 
