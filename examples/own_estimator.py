@@ -26,13 +26,11 @@ def blockwise(directions: int = 4) -> Estimator:
         for name, value in params.items():
             count = min(directions, value.numel())
             seeds = [noise.child_seed(seed, "direction", len(terms) + k) for k in range(count)]
-            drawn = noise.stack(seeds, {name: value}, "orthogonal")
-            linear = lambda one, v=drawn: jvp(lambda p: loss_fn(p, one.batch, one.seed), params, v)  # noqa: E731
+            v = noise.stack(seeds, {name: value}, "orthogonal")
+            linear = lambda one, v=v: jvp(lambda p: loss_fn(p, one.batch, one.seed), params, v)  # noqa: E731
             loss, slopes = summed(pieces, linear)
-            terms += [  # the slopes are float32: what four bytes carry, 1/K within
-                Directional(s, c, (name,), "orthogonal")
-                for s, c in zip(seeds, (slopes / count).float().tolist(), strict=True)
-            ]
+            kept = (slopes / count).float().tolist()  # float32 is what four bytes carry, 1/K within
+            terms += [Directional(s, c, (name,), "orthogonal") for s, c in zip(seeds, kept, strict=True)]
         return Estimate(float(loss), {}, tuple(terms), Passes(value=len(params), tangent=len(terms)))
 
     return estimate
