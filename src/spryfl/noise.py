@@ -56,6 +56,11 @@ def _counters(blocks: tuple[tuple[str, int], ...]) -> tuple[Tensor, ...]:
     return index & _MASK, index >> 32, low, high
 
 
+def forget() -> None:
+    """Lets go of the counters that are kept between calls."""
+    _counters.cache_clear()
+
+
 def _low(word: int) -> int:
     return word & _MASK
 
