@@ -25,7 +25,7 @@ RANKS: list[list[str]] = [
     ["layout", "ledger", "methods", "sections"],
     ["loss", "costs"],
     ["models", "config", "journal"],
-    ["client", "server"],
+    ["client", "server", "footprint"],
     ["train"],
     ["engines", "testing"],
     ["job"],
@@ -36,7 +36,7 @@ RANKS: list[list[str]] = [
     ["cli"],
 ]
 # A folder is one place: files import each other downwards.
-PACKAGES = ("costs", "jvp", "backbone", "data", "estimators", "engines", "tasks", "adapters", "commands")
+PACKAGES = ("costs", "jvp", "backbone", "data", "estimators", "engines", "tasks", "adapters", "commands", "footprint")
 HUGGING_FACE = {"transformers", "peft", "datasets", "tokenizers", "accelerate"}
 MAY_USE = {
     "transformers": {"adapters", "layout", "models"},

@@ -199,16 +199,30 @@ def shapes(
         ValueError: it cannot be opened, or it is an encoder with a decoder.
     """
     task = task or tasks.classification()
+    config = configured(name, labels, task)
+    with torch.device("meta"):
+        made = adapters.wrap(empty(config, task), adapter, task.head)
+    return shapes_of(made.module, made.units, rows, tokens)
+
+
+def configured(name: str, labels: tuple[str, ...], task: Task, attention: str = "default") -> Any:
+    """A model's configuration for a task; a ValueError for an encoder with a decoder."""
     where, _ = resolve(name)
+    chosen = {} if attention == "default" else {"attn_implementation": attention}
     with _silent(), _explained(name, task.auto):
         local = Path(where).is_dir() or not hub.reachable()
-        config = AutoConfig.from_pretrained(where, local_files_only=local, **_outputs(task.outputs(labels)))
+        config = AutoConfig.from_pretrained(where, local_files_only=local, **_outputs(task.outputs(labels)), **chosen)
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f'model "{name}" has an encoder and a decoder; costs are predicted for one stack of blocks.')
-    with torch.device("meta"):
-        base = getattr(transformers, task.auto).from_config(config)
-        made = adapters.wrap(base, adapter, task.head)
-    return shapes_of(made.module, made.units, rows, tokens)
+    return config
+
+
+def empty(config: Any, task: Task) -> Any:
+    """A model by its configuration, its values not initialised: for the meta device. Its type is the file's."""
+    config.use_cache = False
+    if config.pad_token_id is None:
+        config.pad_token_id = 0
+    return getattr(transformers, task.auto).from_config(config, dtype=config.dtype or torch.float32)
 
 
 def shapes_of(module: Any, units: tuple[Unit, ...], rows: int, tokens: int) -> Shapes:
