@@ -21,11 +21,11 @@ RANKS: list[list[str]] = [
     ["tree", "noise", "wire", "jvp", "hub"],
     ["data"],
     ["estimators", "assign", "optimizers", "aggregate", "partition", "adapters", "tasks", "backbone"],
-    ["hooks", "choices", "trace", "options"],
+    ["hooks", "choices", "trace", "options", "provenance"],
     ["layout", "ledger", "methods", "sections"],
-    ["loss", "costs"],
+    ["loss", "costs", "opened"],
     ["models", "config", "journal"],
-    ["client", "server", "footprint"],
+    ["client", "server", "packing", "footprint"],
     ["train"],
     ["engines", "testing"],
     ["job"],
@@ -39,7 +39,7 @@ RANKS: list[list[str]] = [
 PACKAGES = ("costs", "jvp", "backbone", "data", "estimators", "engines", "tasks", "adapters", "commands", "footprint")
 HUGGING_FACE = {"transformers", "peft", "datasets", "tokenizers", "accelerate"}
 MAY_USE = {
-    "transformers": {"adapters", "layout", "models"},
+    "transformers": {"adapters", "layout", "opened", "models", "packing"},
     "peft": {"adapters"},
     "datasets": {"data"},
     "matplotlib": {"pictures"},

@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_va
 
 from spryfl import methods
 from spryfl.adapters import ADAPTERS
+from spryfl.backbone.store import check_streamed
 from spryfl.methods import METHODS, REGISTRIES, Method
 from spryfl.options import STRICT, nearest, resolve, spelled, title, told, typed
 from spryfl.partition import PARTITIONS
@@ -210,6 +211,8 @@ def _resolved(given: Mapping[str, Any]) -> Method:
 def _consistent(experiment: Experiment) -> None:
     """What two settings together must not be."""
     train, clients = experiment.train, experiment.partition.clients
+    if experiment.model.stream:
+        check_streamed(experiment.model.name)
     if train.cohort > clients and "cohort" in train.model_fields_set:
         raise ValueError(
             f"train.cohort = {train.cohort} clients a round, but partition.clients = {clients}. Lower the cohort."

@@ -7,16 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import math
-import platform
-import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import torch
 
 from spryfl import (
     adapters,
@@ -29,6 +23,7 @@ from spryfl import (
     models,
     noise,
     partition,
+    provenance,
     server,
     tasks,
     train,
@@ -104,6 +99,7 @@ def load_model(experiment: Experiment, labels: tuple[str, ...]) -> Model:
         trust_remote_code=m.trust_remote_code,
         seed=seed,
         task=(task := tasks.build(experiment.task)),
+        stream=m.stream,
     )
     adapter = m.adapter or adapters.build(experiment.adapter)
     _, source = models.resolve(m.name)
@@ -286,7 +282,7 @@ def run(
         yield record, final
     if opened:
         export(job, server.served(final), opened.folder / "adapter")
-        note(opened, state="complete", ended=_now())
+        note(opened, state="complete", ended=provenance.now())
 
 
 @contextlib.contextmanager
@@ -317,6 +313,7 @@ def card(job: Job) -> dict[str, Any]:
         "labels": list(job.model.labels),
         "max_length": d.data.max_length,
         "method": d.method.name,
+        **({"stream": True} if d.model.stream else {}),
     }
 
 
@@ -328,17 +325,13 @@ def note(opened: Journal | None, **changes: Any) -> None:
 
 def facts(job: Job) -> dict[str, Any]:
     """What a result must carry: versions, hardware, commit, date, data, state."""
-    packages = ("spryfl", "torch", "transformers", "peft", "datasets", "tokenizers")
-    versions = {name: _version(name) for name in packages}
     return {
         "state": "running",
-        "started": _now(),
-        "versions": {"python": platform.python_version(), **versions},
-        "hardware": {"machine": platform.machine(), "system": platform.system(), "device": _device(job.model.device)},
-        "threads": torch.get_num_threads(),
-        "commit": _commit(),
+        "started": provenance.now(),
+        **provenance.environment(job.model.device),
         "seed": job.experiment.seed,
         "metric": job.model.task.metric,
+        "model": models.facts(job.model),
         "data": {
             "source": job.corpus.source,
             "fingerprint": job.corpus.fingerprint,
@@ -350,8 +343,9 @@ def facts(job: Job) -> dict[str, Any]:
 
 
 def same_data(opened: Journal, job: Job) -> None:
-    """Going on with other data would not be the same run."""
+    """Going on with other data, or another packed model, would not be the same run."""
     then = journal.facts_of(opened)
+    models.same(then.get("model", {}), job.model)
     if then["data"]["fingerprint"] != job.corpus.fingerprint:
         raise ValueError(
             f"the data of {opened.folder} have changed since it began ({job.corpus.source}; the docstrings change with "
@@ -370,31 +364,3 @@ def _same_values(opened: Journal, state: ServerState, fresh: ServerState) -> Non
             f"the state of {opened.folder} does not fit its config.toml: the model, the adapter or the method was "
             f"changed since the run began. Restore config.toml, or start a new run."
         )
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _commit() -> str:
-    """The commit of the source tree, if the package runs from one."""
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    try:
-        return git("rev-parse", "HEAD") if git("ls-files", __file__) else ""
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-
-
-def _device(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -18,6 +18,7 @@ class ModelSection(BaseModel):
     attention: Literal["default", "eager", "sdpa"] = "default"
     trust_remote_code: bool = False
     adapter: str = ""  # folder of a saved adapter to start from
+    stream: bool = False  # of a packed folder one block in memory at a time, the next read ahead
 
 
 class DataSection(BaseModel):
