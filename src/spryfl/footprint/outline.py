@@ -160,22 +160,35 @@ def original(name: str, chosen: Sequence[int]) -> str:
     return _HERE.sub(f".{chosen[int(number[1])]}", name, count=1) if number and int(number[1]) < len(chosen) else name
 
 
-def kinds(of: Outline, mine: Sequence[Unit], cut: int) -> list[Any]:
-    """What distinguishes each block: its side, what of it a client moves, and its type where the configuration has some.
+class Kind(NamedTuple):
+    """What distinguishes a block from others."""
+
+    moved: bool  # it lies at or behind the first block of which something is moved
+    above: bool  # it lies above the estimator's cut
+    units: tuple[str, ...]  # what of it the client moves
+    type: str  # where the configuration tells one
+
+
+def suffix(unit: Unit) -> str:
+    """A unit's name without the number of its block."""
+    return _HERE.sub(".", unit.name, count=1)
+
+
+def kinds(of: Outline, mine: Sequence[Unit], top: int) -> list[Kind]:
+    """The kind of each block.
 
     Args:
         of: the model.
         mine: the client's units.
-        cut: how many of the last blocks lie above the estimator's cut; -1 for all.
+        top: how many of the last blocks lie above the estimator's cut; -1 for all.
     """
-    at = 0 if cut == -1 else of.layers - cut
+    at = 0 if top == -1 else of.layers - top
     held: dict[int, list[str]] = {}
     for unit in mine:
         if not unit.head:
-            held.setdefault(place(unit), []).append(_HERE.sub(".", unit.name, count=1))
-    first = min(held, default=of.layers)
-    types = _types(of.config)
-    return [((i >= first) + 2 * (i >= at), tuple(held.get(i, ())), types[i]) for i in range(of.layers)]
+            held.setdefault(place(unit), []).append(suffix(unit))
+    first, types = min(held, default=of.layers), _types(of.config)
+    return [Kind(i >= first, i >= at, tuple(held.get(i, ())), types[i]) for i in range(of.layers)]
 
 
 def _values(module: nn.Module) -> dict[str, Tensor]:

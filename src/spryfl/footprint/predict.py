@@ -2,7 +2,7 @@
 
     peak(phase) = peak in the short form + sum over kinds (blocks left out) (what one more block of the kind adds)
 
-The short form has up to two blocks of each kind (`outline.kinds`), in their order. Phases are continued one by one and
+The short form has one block of each kind, or two (`outline.kinds`), in their order. Phases are continued one by one and
 the largest is taken at the end: where directions are drawn nothing grows with the blocks, where a graph is kept it does,
 and the one may be above the other in a short model and below it in a long one.
 """
@@ -10,20 +10,19 @@ and the one may be above the other in a short model and below it in a long one.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from spryfl import tree
 from spryfl.choices import Method, build
 from spryfl.costs import work
-from spryfl.footprint.outline import Outline, Skeleton, kinds, original, sample, shapes, skeleton
+from spryfl.footprint.outline import Kind, Outline, Skeleton, kinds, original, sample, shapes, skeleton, suffix
 from spryfl.footprint.phantom import fill, phantoms
 from spryfl.footprint.process import process
 from spryfl.footprint.step import prefix_bytes, step, values
 from spryfl.loss import ModelLoss, Prefix
 from spryfl.types import Unit
 
-KEPT = 2  # blocks of a kind in a short form
 _TOPS = ("exact_top", "top")  # options of estimators that count blocks from the end
 
 
@@ -150,19 +149,35 @@ def _continued(asked: _Asked, what: str, units: Sequence[Unit]) -> _Held:
         raise ValueError(
             f"{asked.method.name} is cut below the last {top} blocks, and there are {asked.of.layers}. Lower its top."
         )
-    places: dict[Any, list[int]] = {}
+    places: dict[Kind, list[int]] = {}
     for i, kind in enumerate(kinds(asked.of, units, top)):
         places.setdefault(kind, []).append(i)
-    base = {i for own in places.values() for i in _ends(own, KEPT)}
+    kept = _kept(places, asked.exact is not None)
+    base = {i for kind, own in places.items() for i in own[: kept[kind]]}
     start = _short(asked, what, base)
-    longer = [(own, _short(asked, what, base | set(_ends(own, KEPT + 1)))) for own in places.values()]
-    steps = [(len(own) - KEPT, more) for own, more in longer if len(own) > KEPT]
+    left: dict[Kind, float] = {kind: len(own) - kept[kind] for kind, own in places.items() if len(own) > kept[kind]}
+    if asked.exact is None:
+        left = _by_values(left, units, what)
+    longer = [(more, _short(asked, what, base | set(places[kind][: kept[kind] + 1]))) for kind, more in left.items()]
 
     def on(pick: Callable[[_Held], int]) -> int:
-        return pick(start) + sum(left * (pick(more) - pick(start)) for left, more in steps)
+        return round(pick(start) + sum(more * (pick(held) - pick(start)) for more, held in longer))
 
     peaks = tuple(on(lambda held, i=i: held.peaks[i]) for i in range(len(start.peaks)))  # type: ignore[misc]
     return _Held(peaks, on(lambda held: held.prefix), on(lambda held: held.state))
+
+
+def _by_values(left: dict[Kind, float], units: Sequence[Unit], what: str) -> dict[Kind, float]:
+    """Without reverse mode a pass lets go of every block: a step grows with the moved values alone, a value pass not.
+
+    So one kind of block stands for all, as often as the others' values are in its own.
+    """
+    sizes = {suffix(unit): unit.size for unit in units if not unit.head}
+    values = {kind: sum(sizes[name] for name in kind.units) for kind in left}
+    largest = max(values, key=lambda kind: values[kind], default=None)
+    if what == "values" or largest is None or not values[largest]:
+        return {}
+    return {largest: sum(left[kind] * values[kind] for kind in left) / values[largest]}
 
 
 def _top(method: Method) -> int:
@@ -170,9 +185,15 @@ def _top(method: Method) -> int:
     return next((method.estimator[key] for key in _TOPS if method.estimator.get(key)), 0)
 
 
-def _ends(own: Sequence[int], count: int) -> Sequence[int]:
-    """The first blocks of a kind, and its last."""
-    return own if len(own) <= count else [*own[: count - 1], own[-1]]
+def _kept(places: Mapping[Kind, Sequence[int]], reverse: bool) -> dict[Kind, int]:
+    """How many blocks of each kind a short form has.
+
+    Of those that tangents run through there are two in all, on either side of a cut: what comes into the first has none
+    yet. With reverse mode above the cut there are none there.
+    """
+    sides = [[k for k in places if k.moved and k.above == above] for above in (False, True)]
+    alone = [side[0] for side in sides[: 1 if reverse else 2] if len(side) == 1]
+    return {kind: 2 if kind in alone else 1 for kind in places}
 
 
 def _short(asked: _Asked, what: str, blocks: set[int]) -> _Held:
