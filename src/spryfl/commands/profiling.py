@@ -1,4 +1,4 @@
-"""`spryfl profile`: one client's step for real, its memory beside what was predicted. Costs a step and what it loads."""
+"""`spryfl profile`: one client's step for real, its memory beside the prediction. Costs the model and a step."""
 
 from __future__ import annotations
 

@@ -152,7 +152,7 @@ def shown(request: Request, found: Profile) -> tuple[list[tuple[str, ...]], list
     return rows, [
         f"peak: {kind}; the prediction is off by {found.gap:+.1%}, that of the step's own tensors (allocator's count) "
         f"{one.step / 1e6:.1f} of {other.counted / 1e6:.1f} MB by {found.counted_gap:+.1%}.",
-        f"beside it {other.mapped / 1e6:.0f} MB of files' pages at the most; {other.loading / 1e6:.0f} MB anonymous while "
+        f"beside it at most {other.mapped / 1e6:.0f} MB of files' pages; {other.loading / 1e6:.0f} MB anonymous while "
         f"the model was loaded. The step took {other.seconds:.1f} s with all counting on, "
         f"{'/'.join(f'{n:g}' for n in other.passes)} value/tangent/backward passes.",
     ]
