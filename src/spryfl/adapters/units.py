@@ -1,5 +1,8 @@
 """What of an adapted model is trained, and in which units: values that are moved together. Costs the values, float32.
 
+Adapter and head are float32 whatever the model is in: what comes to the head in a lower precision is cast at its door.
+Trained values of the model itself (BitFit's biases) are float32 here and of the model's type inside (`ModelLoss`).
+
 A family may share values over its maps (VB-LoRA's bank, Uni-LoRA's values, a tied TinyLoRA vector): they are a unit of
 their own and counted once, where the first map that holds them stands.
 """
@@ -14,7 +17,9 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import PeftConfig, PeftModel
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from spryfl.adapters.core import Core
 from spryfl.types import Unit
@@ -40,6 +45,7 @@ def adapted(module: PeftModel) -> Adapted:
     """Lists what is trainable in a PEFT model, and freezes the module: values are passed in by name from here on."""
     shared = _tied(module)
     frozen = _frozen_head(module)
+    _wide_head(module)
     trainable = {
         n: p
         for n, p in module.named_parameters()
@@ -51,6 +57,9 @@ def adapted(module: PeftModel) -> Adapted:
     for name, value in trainable.items():
         unit = (shared[id(value)], False) if id(value) in shared else _unit_of(name, module.base_model.prefix)
         groups.setdefault(unit, []).append(name)
+    for name, value in trainable.items():
+        if own(module, name) or ".modules_to_save." in name:
+            value.data = value.data.float()
     params = {name: value.detach().float().clone() for name, value in trainable.items()}
     for value in module.parameters():
         value.requires_grad_(False)
@@ -82,6 +91,17 @@ def _frozen_head(module: PeftModel) -> tuple[str, ...]:
     saved = {name for config in module.peft_config.values() for name in getattr(config, "modules_to_save", None) or ()}
     base = module.get_base_model()
     return tuple(f"{_TRUNK}{name}." for name in head_modules(base) if name not in saved)
+
+
+def _wide_head(module: PeftModel) -> None:
+    """A head that is trained on a model in half precision has float32 inputs, as it has float32 values."""
+    for wrapper in module.modules():
+        if isinstance(wrapper, ModulesToSaveWrapper) and any(value.itemsize < 4 for value in wrapper.parameters()):
+            wrapper.register_forward_pre_hook(_widened, with_kwargs=True)
+
+
+def _widened(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    return tree_map_only(Tensor, lambda x: x.float() if x.is_floating_point() and x.itemsize < 4 else x, (args, kwargs))
 
 
 def _tied(module: PeftModel) -> dict[int, str]:
