@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging
 
 from spryfl import adapters, hub, tasks
+from spryfl.backbone import adopt
 from spryfl.costs import Shapes
 from spryfl.hooks import seeded
 from spryfl.loss import ModelLoss, Prefix
@@ -158,6 +159,7 @@ def prepare(
     task = task or tasks.classification()
     if task.auto == "AutoModelForCausalLM":
         _check_causal(source, model)
+    adopt(model)
     with seeded(seed):
         made = adapters.load(model, adapter) if isinstance(adapter, str) else adapters.wrap(model, adapter, task.head)
     where = usable(device)

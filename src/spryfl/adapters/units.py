@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from peft import PeftConfig, PeftModel
 from peft.utils import ModulesToSaveWrapper
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -39,6 +40,38 @@ def head_modules(model: nn.Module) -> tuple[str, ...]:
     """Names of the direct children outside the trunk that hold values: what the task added to the language model."""
     children = model.named_children()
     return tuple(n for n, child in children if n != model.base_model_prefix and any(True for _ in child.parameters()))
+
+
+def plain_head(model: nn.Module) -> None:
+    """Makes the linear maps of a head that is to be trained ordinary ones, where a library quantized them too."""
+    for head in head_modules(model):
+        for path, layer in list(model.get_submodule(head).named_modules(prefix=head)):
+            if isinstance(layer, nn.Linear) and foreign(layer):
+                made = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+                made.load_state_dict({"weight": _decoded(layer), **_bias(layer)})
+                parent, _, name = path.rpartition(".")
+                setattr(model.get_submodule(parent), name, made.to(layer.weight.device))
+
+
+def foreign(layer: nn.Module) -> bool:
+    """Whether a library keeps this layer's weight in a form of its own, or would: bitsandbytes, torchao, ours."""
+    weight = layer._parameters.get("weight")
+    known = type(layer).__module__.startswith(("bitsandbytes.", "spryfl.backbone."))
+    return known or (weight is not None and type(weight) not in (nn.Parameter, Tensor))
+
+
+def _decoded(layer: nn.Module) -> Tensor:
+    """The values of such a weight, float32."""
+    weight: Any = layer.weight
+    if not weight.is_floating_point():
+        weight = dequantize_module_weight(layer)  # bitsandbytes; one that it never came to quantize is floating
+    values: Tensor = weight.dequantize() if type(weight).__module__.startswith("torchao.") else weight.clone()
+    return values.detach().float()
+
+
+def _bias(layer: nn.Module) -> dict[str, Tensor]:
+    bias: Any = layer.bias
+    return {} if bias is None else {"bias": bias.detach().float()}
 
 
 def adapted(module: PeftModel) -> Adapted:
@@ -95,8 +128,10 @@ def _frozen_head(module: PeftModel) -> tuple[str, ...]:
 
 def _wide_head(module: PeftModel) -> None:
     """A head that is trained on a model in half precision has float32 inputs, as it has float32 values."""
+    if not any(value.is_floating_point() and value.itemsize < 4 for value in module.parameters()):
+        return
     for wrapper in module.modules():
-        if isinstance(wrapper, ModulesToSaveWrapper) and any(value.itemsize < 4 for value in wrapper.parameters()):
+        if isinstance(wrapper, ModulesToSaveWrapper):
             wrapper.register_forward_pre_hook(_widened, with_kwargs=True)
 
 
