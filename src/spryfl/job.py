@@ -23,6 +23,7 @@ from spryfl import (
     client,
     costs,
     data,
+    firstbatch,
     journal,
     ledger,
     methods,
@@ -245,15 +246,15 @@ def rehearse(job: Job) -> None:
         values = tree.to(one.params, job.model.device)
         loss_fn = models.loss_fn(job.model, tree.without(values, one.names))
         batch = tasks.collate(job.rows, job.parts[one.client][:1], job.model.device)
-        plan.method.estimator(loss_fn, tree.select(values, one.names), batch, noise.child_seed(plan.seed, "rehearsal"))
+        seed, chosen = noise.child_seed(plan.seed, "rehearsal"), tree.select(values, one.names)
+        firstbatch.rehearsed(plan.method.estimator, loss_fn, chosen, batch, seed, models.foreign(job.model))
 
 
 def begin(job: Job, folder: Path | None) -> tuple[Journal | None, ServerState, Progress]:
     """A new run, in a new folder if one is given."""
-    if folder:
+    if folder or models.foreign(job.model):
         rehearse(job)
-    made = create(job, folder) if folder else None
-    return (made, *train.start(job.plan, job.model.params))
+    return (create(job, folder) if folder else None, *train.start(job.plan, job.model.params))
 
 
 def create(job: Job, folder: Path) -> Journal:
@@ -328,8 +329,7 @@ def note(opened: Journal | None, **changes: Any) -> None:
 
 def facts(job: Job) -> dict[str, Any]:
     """What a result must carry: versions, hardware, commit, date, data, state."""
-    packages = ("spryfl", "torch", "transformers", "peft", "datasets", "tokenizers")
-    versions = {name: _version(name) for name in packages}
+    versions = {name: _version(name) for name in ("spryfl", "torch", "transformers", "peft", "datasets", "tokenizers")}
     return {
         "state": "running",
         "started": _now(),

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging
 
 from spryfl import adapters, hub, tasks
-from spryfl.backbone import adopt
+from spryfl.backbone import Packed, adopt
 from spryfl.costs import Shapes
 from spryfl.hooks import seeded
 from spryfl.loss import ModelLoss, Prefix
@@ -250,6 +250,11 @@ def usable(device: str) -> torch.device:
         found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         possible = ", ".join(["cpu", *(name for name, there in found.items() if there)])
         raise ValueError(f'device = "{device}" cannot be used here: {_first(error)} Possible: {possible}.') from error
+
+
+def foreign(model: Model) -> bool:
+    """Whether layers of another library compute in it, with weights in a form of their own."""
+    return any(adapters.foreign(layer) for layer in model.module.modules() if not isinstance(layer, Packed))
 
 
 def check_length(model: Model, sides: Iterable[Rows]) -> None:
