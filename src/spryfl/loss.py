@@ -134,7 +134,7 @@ class ModelLoss:
         with self._from_prefix(params, inputs, until), self._wanted(batch.get(tasks.AT)):
             return functional_call(self.module, self._typed({**self.fixed, **params}), (), inputs)
 
-    def _typed(self, values: Params) -> Params:
+    def _typed(self, values: Params) -> dict[str, Tensor]:
         """Values in the model's own type where that is half precision: BitFit's biases, not adapters nor head."""
         types = {name: self.module.get_parameter(name).dtype for name in values}
         return {name: value.to(types[name]) if types[name].itemsize < 4 else value for name, value in values.items()}

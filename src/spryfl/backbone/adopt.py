@@ -1,9 +1,9 @@
 """Layers that bitsandbytes quantized, taken over as `Packed`: the same stored weights, another product.
 
 On a CPU bitsandbytes' own layers cannot be trained through as they are: in evaluation mode its 4-bit product runs in
-bfloat16 by a kernel without a derivative (an error, or a gradient that is lost in silence), and its 8-bit product rounds
-the activations, which have no forward derivative then. Taken over, codes and scales stay what they are, products are in
-float32, and forward mode and backprop are exact. Cost: nothing copied but the scales.
+bfloat16 by a kernel without a derivative (an error, or a gradient that is lost in silence), and its 8-bit product
+rounds the activations, which then have no forward derivative. Taken over, codes and scales stay what they are, products
+are in float32, and forward mode and backprop are exact. Cost: nothing copied but the scales.
 """
 
 from __future__ import annotations
@@ -56,19 +56,23 @@ def _eight(layer: Any) -> tuple[str, dict[str, Tensor]]:
 
 def _four(path: str, layer: Any) -> tuple[str, dict[str, Tensor]]:
     """4-bit codes, whose blocks of 64 are those of the codec where 64 divides the rows."""
-    library = bitsandbytes().functional
-    layer.state_dict()  # takes back the order of codes in which it runs on some CPUs
     state, (rows, width) = layer.weight.quant_state, (layer.out_features, layer.in_features)
     if state.blocksize != BLOCK or width % BLOCK or tuple(state.shape) != (rows, width):
         raise ValueError(
-            f"{path} is quantized by bitsandbytes in blocks of {state.blocksize}, in rows of {width}; blocks of {BLOCK} "
-            f"in rows that are multiples of it can be trained on. Give the model in float and see `spryfl pack`."
+            f"{path} is quantized by bitsandbytes in blocks of {state.blocksize}, in rows of {width}; only blocks of "
+            f"{BLOCK} in rows that are multiples of it can be trained on. Pack the model in float: `spryfl pack`."
         )
-    absmax = state.absmax
-    if state.nested:
-        absmax = library.dequantize_blockwise(absmax, state.state2) + state.offset
+    absmax = _scales(state)  # before the next line, which does not bring back what a product has rounded
+    layer.state_dict()  # takes back the order of codes in which it runs on some CPUs
     codes = layer.weight.data.contiguous().view(torch.uint8).view(rows, -1)
-    return {"nf4": "4bit"}.get(state.quant_type, state.quant_type), {
-        "weight": codes,
-        "absmax": absmax.float().reshape(rows, -1),
-    }
+    parts = {"weight": codes, "absmax": absmax.reshape(rows, -1)}
+    return "4bit" if state.quant_type == "nf4" else state.quant_type, parts
+
+
+def _scales(state: Any) -> Tensor:
+    """One a block, float32; a layer that has run on a CPU with bfloat16 products keeps them rounded and transposed."""
+    if getattr(state, "packing_format_for_cpu", False):
+        return state.absmax.t().float().contiguous()
+    if state.nested:
+        return bitsandbytes().functional.dequantize_blockwise(state.absmax, state.state2).float() + state.offset
+    return state.absmax.float()

@@ -74,6 +74,11 @@ def foreign(weight: Tensor) -> bool:
 
 def _foreign_linear(op: Op, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Push]:
     """The library's product for the value and for each tangent: what is stored stays quantized."""
+    if getattr(weight, "act_quant_kwargs", None) is not None:
+        raise ValueError(
+            f"spryfl.jvp: this {type(weight).__name__} rounds its inputs too, and what rounds has no derivative.\n"
+            "    Quantize the weights alone, or pack the model: spryfl pack."
+        )
 
     def times(x: Tensor, bias: Tensor | None) -> Tensor:
         with torch._C._EnableTorchFunction():  # the engine has switched it off, for its own tensors' sake
