@@ -94,12 +94,10 @@ def test_unknown_precision():
 
 
 def test_four_bits_without_bitsandbytes(monkeypatch):
-    codec.bitsandbytes.cache_clear()
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ValueError, match=r"needs bitsandbytes: `pip install \"spryfl\[quantized\]\"`"):
         CODECS["4bit"].encode(torch.ones(2, 64))
     CODECS["8bit"].encode(torch.ones(2, 64))
-    codec.bitsandbytes.cache_clear()
 
 
 @pytest.mark.parametrize("names", [("x",), ("x", "bias"), ("bias",)], ids=" and ".join)

@@ -21,7 +21,7 @@ RANKS: list[list[str]] = [
     ["tree", "noise", "wire", "jvp", "hub"],
     ["data"],
     ["estimators", "assign", "optimizers", "aggregate", "partition", "adapters", "tasks", "backbone"],
-    ["hooks", "choices", "trace", "options", "provenance"],
+    ["hooks", "choices", "trace", "options", "provenance", "firstbatch"],
     ["layout", "ledger", "methods", "sections"],
     ["loss", "costs", "opened"],
     ["models", "config", "journal"],

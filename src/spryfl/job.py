@@ -17,6 +17,7 @@ from spryfl import (
     client,
     costs,
     data,
+    firstbatch,
     journal,
     ledger,
     methods,
@@ -241,15 +242,15 @@ def rehearse(job: Job) -> None:
         values = tree.to(one.params, job.model.device)
         loss_fn = models.loss_fn(job.model, tree.without(values, one.names), micro_batch=most)
         batch = tasks.collate(job.rows, job.parts[one.client][: 1 + most], job.model.device)
-        plan.method.estimator(loss_fn, tree.select(values, one.names), batch, noise.child_seed(plan.seed, "rehearsal"))
+        seed, chosen = noise.child_seed(plan.seed, "rehearsal"), tree.select(values, one.names)
+        firstbatch.rehearsed(plan.method.estimator, loss_fn, chosen, batch, seed, models.foreign(job.model))
 
 
 def begin(job: Job, folder: Path | None) -> tuple[Journal | None, ServerState, Progress]:
     """A new run, in a new folder if one is given."""
-    if folder:
+    if folder or models.foreign(job.model):
         rehearse(job)
-    made = create(job, folder) if folder else None
-    return (made, *train.start(job.plan, job.model.params))
+    return (create(job, folder) if folder else None, *train.start(job.plan, job.model.params))
 
 
 def create(job: Job, folder: Path) -> Journal:

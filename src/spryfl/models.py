@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging
 
 from spryfl import adapters, hub, opened, tasks
+from spryfl.backbone import Packed, adopt
 from spryfl.backbone.store import check_streamed, is_packed, open_store
 from spryfl.costs import Shapes
 from spryfl.hooks import seeded
@@ -154,6 +155,7 @@ def prepare(
     task = task or tasks.classification()
     if task.auto == "AutoModelForCausalLM":
         _check_causal(source, model)
+    adopt(model)
     with seeded(seed):
         made = adapters.load(model, adapter) if isinstance(adapter, str) else adapters.wrap(model, adapter, task.head)
     where = usable(device)
@@ -258,6 +260,11 @@ def usable(device: str) -> torch.device:
         found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         possible = ", ".join(["cpu", *(name for name, there in found.items() if there)])
         raise ValueError(f'device = "{device}" cannot be used here: {_first(error)} Possible: {possible}.') from error
+
+
+def foreign(model: Model) -> bool:
+    """Whether layers of another library compute in it, with weights in a form of their own."""
+    return any(adapters.foreign(layer) for layer in model.module.modules() if not isinstance(layer, Packed))
 
 
 def check_length(model: Model, sides: Iterable[Rows]) -> None:
