@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from spryfl import noise, tree
+from spryfl.estimators.pieces import summed
 from spryfl.types import Batch, Estimate, Estimator, LossFn, Params
 
 STEP = 1e-2  # first h |v|, in units of |w| + 1
@@ -90,7 +91,11 @@ def _difference(loss_fn: LossFn, params: Params, batch: Batch, along: Params, h:
     """(L(w + h v) - L(w - h v)) / 2h."""
     with torch.no_grad():
         ahead, behind = (
-            loss_fn({name: v + step * along[name] if name in along else v for name, v in params.items()}, batch)
+            summed(loss_fn.pieces(batch), lambda piece, at=_moved(params, along, step): float(loss_fn(at, piece.batch)))
             for step in (h, -h)
         )
-    return float((ahead.double() - behind.double()) / (2 * h))
+    return (ahead - behind) / (2 * h)
+
+
+def _moved(params: Params, along: Params, step: float) -> Params:
+    return {name: v + step * along[name] if name in along else v for name, v in params.items()}
