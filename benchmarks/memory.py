@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shapes import NAMES, config, tokenizer
+from shapes import config, tokenizer
 
 from spryfl import methods, packing, provenance
 from spryfl.footprint.measure import Measured, Request, measured, predicted
@@ -113,10 +113,16 @@ def write(result: dict[str, Any]) -> None:
 
 def machine() -> dict[str, Any]:
     """Where and when a cell was measured."""
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "")
-    memory = next(int(line.split()[1]) * 1024 for line in open("/proc/meminfo") if line.startswith("MemTotal"))
+    cpu = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
+    memory = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     where = {**provenance.environment(torch.device("cpu")), "date": provenance.now()}
-    return {**where, "cpu": cpu, "cores": os.cpu_count(), "memory": memory, "kernel": platform.release()}
+    cores = {
+        "cpu": {key.strip(): value.strip() for key, value in cpu.items()}.get("model name", ""),
+        "cores": os.cpu_count(),
+        "memory": int(memory["MemTotal"].split()[0]) * 1024,
+        "kernel": platform.release(),
+    }
+    return {**where, **cores}
 
 
 def measure(stores: Path, wanted: list[str]) -> None:
@@ -174,8 +180,8 @@ def told(gaps: list[tuple[float, str]]) -> str:
     outside = [f"{key} ({gap:+.1%})" for gap, key in gaps if abs(gap) > 0.1]
     worst = max(gaps, key=lambda one: abs(one[0]))
     return (
-        f"{len(gaps)} cells are measured; the prediction is within 10 % of {len(gaps) - len(outside)}. The largest gap: "
-        f"{worst[1]} ({worst[0]:+.1%})." + (f" Outside: {'; '.join(outside)}." if outside else "")
+        f"{len(gaps)} cells are measured; the prediction is within 10 % of {len(gaps) - len(outside)}. The "
+        f"largest gap: {worst[1]} ({worst[0]:+.1%})." + (f" Outside: {'; '.join(outside)}." if outside else "")
     )
 
 
@@ -192,11 +198,12 @@ def parts(result: dict[str, Any]) -> str:
         if "failed" in found or foretold is None:
             continue
         own = Measured(**{**found, "passes": tuple(found["passes"])})
-        pair = lambda *which: (  # noqa: E731
-            f"{sum(foretold[n] for n in which) / 1e6:.0f} / {sum(getattr(own, n) for n in which) / 1e6:.0f}"
-        )
-        singles = [pair(name) for name in names if name not in step]
-        columns = [*singles[:3], pair(*step), singles[3], f"{own.beside / 1e6:.0f}", f"{own.mapped / 1e6:.0f}"]
+        both = [(foretold[name], getattr(own, name)) for name in names]
+        stepped = [
+            tuple(map(sum, zip(*(pair for name, pair in zip(names, both, strict=True) if name in step), strict=True)))
+        ]
+        columns = [f"{a / 1e6:.0f} / {b / 1e6:.0f}" for a, b in [*both[:3], *stepped, both[7]]]
+        columns += [f"{own.beside / 1e6:.0f}", f"{own.mapped / 1e6:.0f}"]
         lines.append(f"| {key} | " + " | ".join(columns) + f" | {own.seconds:.0f} |")
     return "\n".join(lines)
 

@@ -90,10 +90,8 @@ def _slope(estimate: Estimate, params: Params) -> Slope | None:
 def _difference(loss_fn: LossFn, params: Params, batch: Batch, along: Params, h: float) -> float:
     """(L(w + h v) - L(w - h v)) / 2h."""
     with torch.no_grad():
-        ahead, behind = (
-            summed(loss_fn.pieces(batch), lambda piece, at=_moved(params, along, step): float(loss_fn(at, piece.batch)))
-            for step in (h, -h)
-        )
+        points = [_moved(params, along, step) for step in (h, -h)]
+        ahead, behind = summed(loss_fn.pieces(batch), lambda one: [float(loss_fn(at, one.batch)) for at in points])
     return (ahead - behind) / (2 * h)
 
 
