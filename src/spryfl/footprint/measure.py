@@ -61,7 +61,7 @@ class Request(NamedTuple):
     device: str = "cpu"
     threads: int = 0  # 0 = PyTorch's choice
     clients: int = 1  # of a round, among whom the units are dealt
-    slot: int = 0  # whose units are moved; 0 is the first client
+    slot: int = 0  # whose units are moved, 0 the first; those of a rotating assignment before its first turn
     split: bool = True  # run the value pass by itself too
 
 
@@ -302,7 +302,7 @@ def _mine(request: Request, units: Sequence[Unit], built: Built) -> tuple[Unit, 
     """The units of one client of a round."""
     if not 0 <= request.slot < request.clients:
         raise ValueError(f"client {request.slot} of a round of {request.clients}; they count from 0.")
-    return server.deal(units, range(request.clients), built, 1)[request.slot]
+    return server.deal(units, range(request.clients), built, 0)[request.slot]  # before any rotation
 
 
 def _held(device: str) -> int:
