@@ -21,6 +21,7 @@ RANKS: list[list[str]] = [
     ["tree", "noise", "wire", "jvp", "hub"],
     ["data"],
     ["estimators", "assign", "optimizers", "aggregate", "partition", "adapters", "tasks"],
+    ["classes"],
     ["hooks", "choices", "trace", "options"],
     ["layout", "ledger", "methods", "sections"],
     ["loss", "costs"],

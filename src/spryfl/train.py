@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from spryfl import costs, noise, server
 from spryfl import journal as disk
 from spryfl.choices import Built, Method, build
+from spryfl.classes import REST
 from spryfl.journal import Journal, Progress
 from spryfl.types import Instruction, Params, Passes, Scalars, ServerState, Unit, Update
 
@@ -55,7 +56,7 @@ Exchange = Callable[[Sequence[Instruction]], Answers]
 Evaluate = Callable[[Params], dict[str, float]]  # values -> numbers by name on the untouched test rows
 Record = dict[str, Any]
 
-TIMED = ("seconds", "peak_bytes")  # the fields of a record that may differ between two equal runs
+TIMED = ("seconds", "peak_bytes", "class_peak_bytes")  # the fields of a record that may differ between two equal runs
 
 
 def cohort(plan: Plan, round_: int) -> list[int]:
@@ -178,6 +179,7 @@ def one_round(
         **_personal(kept),
         **_scalars(kept),
         "peak_bytes": max((u.peak_bytes for u in kept), default=0),
+        **_classes(plan.method, told, kept),
         **_totals(progress),
     }
     return record, state, progress
@@ -247,6 +249,25 @@ def _scalars(updates: Sequence[Update]) -> Record:
         "scalar_rms": math.sqrt(whole.squares / kept) if kept else None,
         "scalar_max": whole.largest,
     }
+
+
+def _classes(method: Built, told: Sequence[Instruction], updates: Sequence[Update]) -> Record:
+    """Of each class of clients: how many were asked and answered, their loss, their passes, the most memory of one."""
+    if not method.classes:
+        return {}
+    told_of = {one.client: one.client_class or REST for one in told}
+    out: dict[str, Record] = {}
+    peaks: dict[str, int] = {}
+    for name in (one.name or REST for one in method.classes):
+        own = [update for update in updates if told_of[update.client] == name]
+        out[name] = {
+            "asked": list(told_of.values()).count(name),
+            "answered": len(own),
+            "loss": _mean([(u.loss, u.examples) for u in own]),
+            "passes": sum(sum(u.passes) for u in own),
+        }
+        peaks[name] = max((u.peak_bytes for u in own), default=0)
+    return {"classes": out, "class_peak_bytes": peaks}
 
 
 def head(plan: Plan) -> frozenset[str]:
