@@ -149,6 +149,11 @@ class Built(NamedTuple):
         """The classes of clients, or the one that all are."""
         return self.classes or (Group("", self.estimator, self.assign),)
 
+    def present(self, clients: int) -> tuple[int, ...]:
+        """Of so many clients those that take part."""
+        absent = {one.name for one in self.classes if one.absent}
+        return tuple(client for client in range(clients) if not absent or self.member(client) not in absent)
+
     @property
     def moves(self) -> bool:
         """Whether any client ever moves a unit, not the head alone."""
@@ -219,7 +224,8 @@ def parties(method: Method) -> tuple[ClientClass, ...]:
 
 
 def _group(one: ClientClass) -> Group:
-    return Group(one.name, _estimator(one.estimator, one.head), _made("assignment", one.assignment), one.lr)
+    estimator = _estimator(one.estimator, one.head)
+    return Group(one.name, estimator, _made("assignment", one.assignment), one.lr, one.absent)
 
 
 def _estimator(choice: Choice, head: str) -> Estimator:
@@ -353,6 +359,10 @@ def _of_classes(method: Method, built: Built, dense: bool, everyone: bool) -> tu
             'aggregate.weigh = "variance" has no effect where all answers are of equal variance: here '
             + ("every gradient is exact." if dense else "all clients train everything by one estimator.")
             + ' Use weigh = "examples".',
+        ),
+        (
+            built.alone and any(one.absent for one in method.classes),
+            'method.classes: absent clients with sharing = "alone" would be scored untrained. Remove absent.',
         ),
         (
             built.by_noise and built.alone,

@@ -41,6 +41,7 @@ class ClientClass:
     assignment: Mapping[str, Any] = field(default_factory=dict)
     head: str = ""  # shared | exact
     lr: float = 1.0  # factor on the local learning rate
+    absent: bool = False  # never asked: what a federation is without them, on the same partition
 
 
 class Group(NamedTuple):
@@ -50,6 +51,7 @@ class Group(NamedTuple):
     estimator: Estimator
     assign: Assignment
     lr: float = 1.0
+    absent: bool = False
 
 
 def check(classes: Sequence[ClientClass]) -> None:
@@ -89,6 +91,12 @@ def _check_shares(classes: Sequence[ClientClass]) -> None:
         raise ValueError(f"method.classes: client {negative[0]} is listed; clients have the numbers from 0 on.")
 
 
+def present(classes: Sequence[ClientClass], clients: int) -> tuple[int, ...]:
+    """The clients that may be asked."""
+    of, absent = member(classes), {one.name for one in classes if one.absent}
+    return tuple(client for client in range(clients) if of(client) not in absent)
+
+
 def whole(classes: Sequence[ClientClass]) -> bool:
     """Whether the shares leave no client over."""
     return sum(one.share for one in classes) > 1 - _NEAR
@@ -126,13 +134,15 @@ def _dealt(shares: tuple[tuple[str, float], ...], count: int) -> tuple[str, ...]
 
 
 def check_members(classes: Sequence[ClientClass], clients: int) -> None:
-    """A ValueError if a class has no client among so many, or lists one that is not there."""
+    """A ValueError if a class has no client among so many, or lists one that is not there, or nobody takes part."""
     for one in classes:
         if one.clients and max(one.clients) >= clients:
             raise ValueError(
                 f"method.classes: {one.name!r} lists client {max(one.clients)}, and partition.clients = {clients}: "
                 f"their numbers are 0 to {clients - 1}."
             )
+    if not present(classes, clients):
+        raise ValueError("method.classes: all clients are absent. Leave absent out for those that are to train.")
     of = member(classes)
     empty = {one.name for one in classes} - {of(client) for client in range(clients)}
     for one in classes:

@@ -251,6 +251,12 @@ def _consistent(experiment: Experiment) -> None:
         raise ValueError(
             f"train.cohort = {train.cohort} clients a round, but partition.clients = {clients}. Lower the cohort."
         )
+    there = len(methods.present(experiment.method.classes, clients))
+    if train.cohort > there and "cohort" in train.model_fields_set:
+        raise ValueError(
+            f"train.cohort = {train.cohort} clients a round, but of {clients} clients {there} are not absent. "
+            f"Lower the cohort."
+        )
     if train.steps and train.epochs and "steps" in train.model_fields_set:
         raise ValueError(f"train.epochs = {train.epochs} has no effect with train.steps = {train.steps}. Remove one.")
     if train.keep_prefix and train.epochs == 1:
@@ -292,7 +298,8 @@ def _fitting(experiment: Experiment, task: Task, split: Mapping[str, Any]) -> No
 def _settled(experiment: Experiment) -> TrainSection:
     """The rounds, with what follows from other settings: epochs take the place of steps, few clients make a cohort."""
     train, given = experiment.train, experiment.train.model_fields_set
-    cohort = train.cohort if "cohort" in given else min(train.cohort, experiment.partition.clients)
+    there = len(methods.present(experiment.method.classes, experiment.partition.clients))
+    cohort = train.cohort if "cohort" in given else min(train.cohort, there)
     steps = 0 if train.epochs else train.steps
     if experiment.method.local_optimizer["kind"] == "none" and "steps" not in given:
         steps = 0 if train.epochs else 1  # a gradient a round, unless more batches are asked for

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from spryfl.choices import REGISTRIES, Built, ClientClass, Method, Seeds, build, builder, check_cohort
-from spryfl.classes import check_members
+from spryfl.classes import check_members, present
 
 __all__ = [
     "METHODS",
@@ -25,6 +25,7 @@ __all__ = [
     "check_members",
     "fedavg",
     "named",
+    "present",
     "spry",
 ]
 

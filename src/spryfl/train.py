@@ -61,7 +61,8 @@ TIMED = ("seconds", "peak_bytes", "class_peak_bytes")  # the fields of a record 
 
 def cohort(plan: Plan, round_: int) -> list[int]:
     """The clients of a round, drawn without replacement, in the order of their slots."""
-    return random.Random(noise.child_seed(plan.seed, "cohort", round_)).sample(range(plan.clients), plan.cohort)
+    there = plan.method.present(plan.clients)
+    return random.Random(noise.child_seed(plan.seed, "cohort", round_)).sample(there, min(plan.cohort, len(there)))
 
 
 def predicted(method: Method, shapes: costs.Shapes, clients: int, cohort_: int, steps: int) -> costs.Costs:
@@ -76,7 +77,8 @@ def predicted(method: Method, shapes: costs.Shapes, clients: int, cohort_: int, 
     """
     if method.sharing == "pooled":
         clients, cohort_, steps = 1, 1, steps * cohort_
-    built, settle = build(method), 10 * -(-clients // cohort_)
+    built = build(method)
+    settle = 10 * -(-len(built.present(clients)) // cohort_)
     plan = Plan(built, shapes.units, 0, settle, clients, cohort_, eval_every=1, patience=0)
     rounds = [server.deal(shapes.units, cohort(plan, r), built, r) for r in range(1, settle + 1)]
     return costs.predict(method, built, shapes, rounds, steps)
