@@ -128,14 +128,14 @@ def prepare(experiment: Experiment, corpus: data.Corpus, model: Model, tokens: t
     if experiment.method.sharing == "pooled":
         steps = _pooled_steps(experiment, parts)
         parts, held = (_joined(parts),), (_joined(held),)
-    clients = len(parts)
+    clients, built = len(parts), methods.build(experiment.method)
     plan = train.Plan(
-        method=methods.build(experiment.method),
+        method=built,
         units=model.units,
         seed=experiment.seed,
         rounds=t.rounds,
         clients=clients,
-        cohort=min(t.cohort, clients),
+        cohort=min(t.cohort, len(built.present(clients))),
         eval_every=t.eval_every,
         patience=t.patience,
         limits=train.Limits(t.max_passes, t.max_megabytes, t.max_seconds),
