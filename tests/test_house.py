@@ -21,11 +21,12 @@ RANKS: list[list[str]] = [
     ["tree", "noise", "wire", "jvp", "hub"],
     ["data"],
     ["estimators", "assign", "optimizers", "aggregate", "partition", "adapters", "tasks", "backbone"],
-    ["hooks", "choices", "trace", "options", "firstbatch"],
+    ["classes"],
+    ["hooks", "choices", "trace", "options", "provenance", "firstbatch"],
     ["layout", "ledger", "methods", "sections"],
-    ["loss", "costs"],
+    ["loss", "costs", "opened"],
     ["models", "config", "journal"],
-    ["client", "server"],
+    ["client", "server", "packing", "footprint"],
     ["train"],
     ["engines", "testing"],
     ["job"],
@@ -36,10 +37,10 @@ RANKS: list[list[str]] = [
     ["cli"],
 ]
 # A folder is one place: files import each other downwards.
-PACKAGES = ("costs", "jvp", "backbone", "data", "estimators", "engines", "tasks", "adapters", "commands")
+PACKAGES = ("costs", "jvp", "backbone", "data", "estimators", "engines", "tasks", "adapters", "commands", "footprint")
 HUGGING_FACE = {"transformers", "peft", "datasets", "tokenizers", "accelerate"}
 MAY_USE = {
-    "transformers": {"adapters", "layout", "models"},
+    "transformers": {"adapters", "layout", "opened", "models", "packing"},
     "peft": {"adapters"},
     "datasets": {"data"},
     "matplotlib": {"pictures"},

@@ -300,9 +300,11 @@ def test_differences_need_no_derivative():
     firstbatch.check(found, Staircase(), {"w": torch.ones(3)}, {})
 
 
-def test_an_ordinary_model_is_not_doubted(tiny):
-    made = models.prepare(*models.load(str(tiny), ("a", "b")), ("a", "b"), adapters.lora())
-    assert not models.foreign(made)
+def test_what_is_doubted():
+    plain, ours = opened("bert"), put_packed(opened("bert"), "8bit")[0]
+    assert not any(map(adapters.foreign, [*plain.modules(), *ours.modules()]))
+    plain.bert.pooler.dense.weight = nn.Parameter(Foreign(torch.ones(6, 5, dtype=torch.int8), 0.1), requires_grad=False)
+    assert sum(map(adapters.foreign, plain.modules())) == 1
 
 
 class Foreign(torch.Tensor):

@@ -18,6 +18,7 @@ GROUPS = (
     "training",
     "tables",
     "answers",
+    "packing",
 )
 for _group in GROUPS:
     importlib.import_module(f"spryfl.commands.{_group}")
