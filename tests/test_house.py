@@ -21,11 +21,12 @@ RANKS: list[list[str]] = [
     ["tree", "noise", "wire", "jvp", "hub"],
     ["data"],
     ["estimators", "assign", "optimizers", "aggregate", "partition", "adapters", "tasks", "backbone"],
+    ["classes"],
     ["hooks", "choices", "trace", "options", "provenance", "firstbatch"],
     ["layout", "ledger", "methods", "sections"],
-    ["loss", "costs", "opened"],
+    ["loss", "costs", "opened", "named"],
     ["models", "config", "journal"],
-    ["client", "server", "packing"],
+    ["client", "server", "packing", "footprint"],
     ["train"],
     ["engines", "testing"],
     ["job"],
@@ -36,10 +37,10 @@ RANKS: list[list[str]] = [
     ["cli"],
 ]
 # A folder is one place: files import each other downwards.
-PACKAGES = ("costs", "jvp", "backbone", "data", "estimators", "engines", "tasks", "adapters", "commands")
+PACKAGES = ("costs", "jvp", "backbone", "data", "estimators", "engines", "tasks", "adapters", "commands", "footprint")
 HUGGING_FACE = {"transformers", "peft", "datasets", "tokenizers", "accelerate"}
 MAY_USE = {
-    "transformers": {"adapters", "layout", "opened", "models", "packing"},
+    "transformers": {"adapters", "layout", "opened", "models", "packing", "named"},
     "peft": {"adapters"},
     "datasets": {"data"},
     "matplotlib": {"pictures"},

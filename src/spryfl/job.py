@@ -128,14 +128,14 @@ def prepare(experiment: Experiment, corpus: data.Corpus, model: Model, tokens: t
     if experiment.method.sharing == "pooled":
         steps = _pooled_steps(experiment, parts)
         parts, held = (_joined(parts),), (_joined(held),)
-    clients = len(parts)
+    clients, built = len(parts), methods.build(experiment.method)
     plan = train.Plan(
-        method=methods.build(experiment.method),
+        method=built,
         units=model.units,
         seed=experiment.seed,
         rounds=t.rounds,
         clients=clients,
-        cohort=min(t.cohort, clients),
+        cohort=min(t.cohort, len(built.present(clients))),
         eval_every=t.eval_every,
         patience=t.patience,
         limits=train.Limits(t.max_passes, t.max_megabytes, t.max_seconds),
@@ -169,7 +169,7 @@ def predicted(job: Job) -> costs.Costs:
 
 def local(job: Job) -> Callable[[int], client.Local]:
     """Each client's own side: its rows and the model."""
-    t, model = job.experiment.train, job.model
+    t, model, keep = job.experiment.train, job.model, int(job.experiment.train.keep_prefix * 1e6)
 
     def batches(indices: Sequence[int], seed: int) -> Iterator[Batch]:
         epochs = 0 if job.steps else t.epochs
@@ -177,10 +177,10 @@ def local(job: Job) -> Callable[[int], client.Local]:
             yield tasks.collate(job.rows, chosen, model.device)
 
     return lambda i: client.Local(
-        bind=lambda fixed, guide: models.loss_fn(model, fixed, guide, t.dropout, int(t.keep_prefix * 1e6)),
+        bind=lambda fixed, guide: models.loss_fn(model, fixed, guide, t.dropout, keep, t.micro_batch),
         batches=lambda seed: batches(job.parts[i], seed),
         examples=len(job.parts[i]),
-        held_out=lambda: scoring(job.rows, job.held[i], model),
+        held_out=lambda: scoring(job.rows, job.held[i], model, t.micro_batch),
         score=lambda params, held: personal(job, params, held, len(job.held[i])),
         device=model.device,
     )
@@ -194,9 +194,9 @@ def personal(job: Job, params: Params, held: Iterator[tuple[list[int], Batch]], 
     return metrics[job.model.task.metric] * count, count
 
 
-def scoring(rows: Rows, indices: Sequence[int], model: Model) -> Iterator[tuple[list[int], Batch]]:
-    """Batches for scoring, of like length, each with the indices of its rows."""
-    for chosen in tasks.by_length(rows, indices, _SCORE_BATCH):
+def scoring(rows: Rows, indices: Sequence[int], model: Model, most: int = 0) -> Iterator[tuple[list[int], Batch]]:
+    """Batches for scoring, of like length, each with the indices of its rows; of `most` rows, 0 as usual."""
+    for chosen in tasks.by_length(rows, indices, most or _SCORE_BATCH):
         yield chosen, tasks.collate(rows, chosen, model.device)
 
 
@@ -204,7 +204,7 @@ def evaluate(job: Job) -> train.Evaluate:
     """The task's metrics and the mean loss on the test rows: of the shared model, or the mean over the clients' own."""
 
     def one(params: Params) -> dict[str, float]:
-        batches = scoring(job.test, range(len(job.test.labels)), job.model)
+        batches = scoring(job.test, range(len(job.test.labels)), job.model, job.experiment.train.micro_batch)
         metrics, loss = models.score(job.model, params, job.test, batches)
         return {**metrics, "test_loss": loss}
 
@@ -233,22 +233,27 @@ def exchange(job: Job, state: ServerState) -> train.Exchange:
 def rehearse(job: Job) -> None:
     """One row through the estimator, for the clients with the fewest and the most values, before there is a folder.
 
-    A ValueError says what method and model cannot do together: too few blocks, more orthogonal directions than values.
+    A ValueError says what method and model cannot do together. With micro-batches it takes a row more than one holds.
     """
-    plan, (state, _) = job.plan, train.start(job.plan, job.model.params)
+    plan, most, (state, _) = job.plan, job.experiment.train.micro_batch, train.start(job.plan, job.model.params)
     told = server.begin(state, plan.units, train.cohort(plan, 1), plan.method, plan.seed)
     told.sort(key=lambda one: tree.size(tree.select(one.params, one.names)))
     for one in {told[i].client: told[i] for i in (0, -1)}.values():
         values = tree.to(one.params, job.model.device)
-        loss_fn = models.loss_fn(job.model, tree.without(values, one.names))
-        batch = tasks.collate(job.rows, job.parts[one.client][:1], job.model.device)
+        loss_fn = models.loss_fn(job.model, tree.without(values, one.names), micro_batch=most)
+        batch = tasks.collate(job.rows, job.parts[one.client][: 1 + most], job.model.device)
         seed, chosen = noise.child_seed(plan.seed, "rehearsal"), tree.select(values, one.names)
-        firstbatch.rehearsed(plan.method.estimator, loss_fn, chosen, batch, seed, models.foreign(job.model))
+        firstbatch.rehearsed(plan.method.estimator, loss_fn, chosen, batch, seed, doubted(job))
+
+
+def doubted(job: Job) -> bool:
+    """Whether layers of another library compute in the model, with weights in a form of their own."""
+    return any(map(adapters.foreign, job.model.module.modules()))
 
 
 def begin(job: Job, folder: Path | None) -> tuple[Journal | None, ServerState, Progress]:
     """A new run, in a new folder if one is given."""
-    if folder or models.foreign(job.model):
+    if folder or doubted(job):
         rehearse(job)
     return (create(job, folder) if folder else None, *train.start(job.plan, job.model.params))
 

@@ -190,6 +190,8 @@ class Decoded(Tensor):
 
     def __init__(self, matrix: Matrix, device: torch.device, cell: list[Tensor] | None = None) -> None: ...
 
+    # It is no stranger to the jvp engine.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     matrix: Matrix
     cell: list[Tensor]  # the values, once decoded; shared by what `detach` makes of it
 
