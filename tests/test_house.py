@@ -24,7 +24,7 @@ RANKS: list[list[str]] = [
     ["classes"],
     ["hooks", "choices", "trace", "options", "provenance", "firstbatch"],
     ["layout", "ledger", "methods", "sections"],
-    ["loss", "costs", "opened"],
+    ["loss", "costs", "opened", "named"],
     ["models", "config", "journal"],
     ["client", "server", "packing", "footprint"],
     ["train"],
@@ -40,7 +40,7 @@ RANKS: list[list[str]] = [
 PACKAGES = ("costs", "jvp", "backbone", "data", "estimators", "engines", "tasks", "adapters", "commands", "footprint")
 HUGGING_FACE = {"transformers", "peft", "datasets", "tokenizers", "accelerate"}
 MAY_USE = {
-    "transformers": {"adapters", "layout", "opened", "models", "packing"},
+    "transformers": {"adapters", "layout", "opened", "models", "packing", "named"},
     "peft": {"adapters"},
     "datasets": {"data"},
     "matplotlib": {"pictures"},
