@@ -56,9 +56,8 @@ class _Asked(NamedTuple):
     method: Method
     mine: frozenset[str]  # names of the units that are moved
     exact: frozenset[str] | None  # of those whose gradient is by reverse mode; None where there is none
-    rows: int
+    rows: int  # at once
     tokens: int
-    micro_batch: int
     dropout: bool
     keep: int  # bytes
 
@@ -118,9 +117,10 @@ def footprint(
     reverse = _reverse(of, method, units)
     if not 0 < micro_batch < rows:
         micro_batch = 0
-    held = min(rows, 2 * micro_batch) if micro_batch else rows  # the third piece is as the second
-    asked = _Asked(of, method, own, reverse, held, tokens, micro_batch, dropout, int(keep_prefix * 1e6))
+    asked = _Asked(of, method, own, reverse, micro_batch or rows, tokens, dropout, int(keep_prefix * 1e6))
     whole = _continued(asked, "step", units)
+    summed = 4 * sum(unit.size for unit in units if reverse and unit.name in reverse) if micro_batch else 0
+    whole = whole._replace(state=whole.state + summed, peaks=(whole.most + summed,))
     room = whole.most - whole.state - whole.prefix
     if reverse != own:
         alone = _continued(asked, "values", units)
@@ -161,9 +161,10 @@ def _continued(asked: _Asked, what: str, units: Sequence[Unit]) -> _Held:
     base = {i for kind, own in places.items() for i in own[: kept[kind]]}
     start = _short(asked, what, base)
     left: dict[Kind, float] = {kind: len(own) - kept[kind] for kind, own in places.items() if len(own) > kept[kind]}
-    if asked.exact is None:
-        left = _by_values(left, units, what)
-    longer = [(more, _short(asked, what, base | set(places[kind][: kept[kind] + 1]))) for kind, more in left.items()]
+    graph = {kind: more for kind, more in left.items() if _in_graph(asked, kind)}
+    rest = {kind: more for kind, more in left.items() if kind not in graph}
+    grow = {**graph, **(_by_values(rest, units) if what == "step" else {})}
+    longer = [(more, _short(asked, what, base | set(places[kind][: kept[kind] + 1]))) for kind, more in grow.items()]
 
     def on(pick: Callable[[_Held], int]) -> int:
         return round(pick(start) + sum(more * (pick(held) - pick(start)) for more, held in longer))
@@ -172,15 +173,22 @@ def _continued(asked: _Asked, what: str, units: Sequence[Unit]) -> _Held:
     return _Held(peaks, on(lambda held: held.prefix), on(lambda held: held.state))
 
 
-def _by_values(left: dict[Kind, float], units: Sequence[Unit], what: str) -> dict[Kind, float]:
-    """Without reverse mode a pass lets go of every block: a step grows with the moved values alone, a value pass not.
+def _in_graph(asked: _Asked, kind: Kind) -> bool:
+    """Whether reverse mode keeps something of such blocks: all that is behind the first moved value, or the cut."""
+    if asked.exact is None:
+        return False
+    return kind.moved or kind.above if asked.exact == asked.mine else kind.above
 
-    So one kind of block stands for all, as often as the others' values are in its own.
+
+def _by_values(left: dict[Kind, float], units: Sequence[Unit]) -> dict[Kind, float]:
+    """Where no graph is kept a pass lets go of every block, and a step grows with the moved values alone.
+
+    So one kind of block stands for all such, as often as the others' values are in its own.
     """
     sizes = {suffix(unit): unit.size for unit in units if not unit.head}
     values = {kind: sum(sizes[name] for name in kind.units) for kind in left}
     largest = max(values, key=lambda kind: values[kind], default=None)
-    if what == "values" or largest is None or not values[largest]:
+    if largest is None or not values[largest]:
         return {}
     return {largest: sum(left[kind] * values[kind] for kind in left) / values[largest]}
 
@@ -236,7 +244,7 @@ def _run(asked: _Asked, what: str, form: Skeleton) -> _Held:
         head = frozenset(name for unit in form.units if unit.head for name in unit.params)
         own, fixed = tree.select(params, names), tree.without(params, names)
         guide = own if made.guide else {}
-        loss = ModelLoss(form.module, head, fixed, asked.dropout, Prefix(asked.keep), guide, asked.of.task, asked.micro_batch)
+        loss = ModelLoss(form.module, head, fixed, asked.dropout, Prefix(asked.keep), guide, asked.of.task)
         state = made.local.init(own) if made.local else {}
         held = sum(value.nbytes for values in (own, *state.values()) for value in values.values())
         del state
