@@ -15,7 +15,7 @@ continued to all blocks: every phase of a step grows by the same bytes with each
 """
 
 from spryfl.footprint.outline import Outline, outline, outlined, shapes
-from spryfl.footprint.predict import Footprint, footprint
+from spryfl.footprint.predict import Footprint, footprint, held, peak
 from spryfl.footprint.process import process
 from spryfl.footprint.step import Marked, prefix_bytes, step, values
 
@@ -24,8 +24,10 @@ __all__ = [
     "Marked",
     "Outline",
     "footprint",
+    "held",
     "outline",
     "outlined",
+    "peak",
     "prefix_bytes",
     "process",
     "shapes",
