@@ -20,33 +20,35 @@ RANKS: list[list[str]] = [
     ["types"],
     ["tree", "noise", "wire", "jvp", "hub"],
     ["data"],
-    ["estimators", "assign", "optimizers", "aggregate", "partition", "adapters", "tasks"],
-    ["classes"],
-    ["hooks", "choices", "trace", "options"],
+    ["estimators", "assign", "optimizers", "aggregate", "partition", "adapters", "tasks", "backbone"],
+    ["classes", "seeds"],
+    ["hooks", "choices", "trace", "options", "provenance"],
     ["layout", "ledger", "methods", "sections"],
-    ["loss", "costs"],
+    ["loss", "costs", "opened"],
     ["models", "config", "journal"],
-    ["client", "server"],
+    ["client", "server", "packing", "footprint"],
     ["train"],
     ["engines", "testing"],
     ["job"],
     ["api", "report", "screen", "explain"],
     ["pictures"],
     ["compare"],
+    ["commands"],
     ["cli"],
 ]
 # A folder is one place: files import each other downwards.
-PACKAGES = ("costs", "jvp", "data", "estimators", "engines", "tasks", "adapters")
+PACKAGES = ("costs", "jvp", "backbone", "data", "estimators", "engines", "tasks", "adapters", "commands", "footprint")
 HUGGING_FACE = {"transformers", "peft", "datasets", "tokenizers", "accelerate"}
 MAY_USE = {
-    "transformers": {"adapters", "layout", "models"},
+    "transformers": {"adapters", "layout", "opened", "models", "packing"},
     "peft": {"adapters"},
     "datasets": {"data"},
     "matplotlib": {"pictures"},
-    "rich": {"cli", "screen"},
-    "typer": {"cli"},
+    "rich": {"commands", "screen"},
+    "typer": {"commands"},
     "pydantic": {"config", "options", "sections"},
     "flwr": set(),
+    "bitsandbytes": {"backbone"},
 }
 
 
@@ -168,7 +170,7 @@ def test_nothing_asks_for_a_method_by_name():
 
     names = set(METHODS) - {"head_only", "alone", "pooled"}  # these are also words of a setting
     for path in modules():
-        if place(path) in ("methods", "config", "cli"):  # the table, the default experiment, help texts
+        if place(path) in ("methods", "config", "commands"):  # the table, the default experiment, help texts
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Compare):

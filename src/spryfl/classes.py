@@ -41,6 +41,8 @@ class ClientClass:
     assignment: Mapping[str, Any] = field(default_factory=dict)
     head: str = ""  # shared | exact
     lr: float = 1.0  # factor on the local learning rate
+    micro_batch: int = 0  # rows at once; 0 = as train.micro_batch says
+    stream: bool = False  # of a packed model one block in memory at a time
     absent: bool = False  # never asked: what a federation is without them, on the same partition
 
 
@@ -68,6 +70,8 @@ def check(classes: Sequence[ClientClass]) -> None:
             raise ValueError(f"{where} has share = {one.share}: a share of the clients is above 0 and at most 1.")
         if not one.lr > 0:
             raise ValueError(f"{where} has lr = {one.lr}: the factor on the local learning rate must be above 0.")
+        if one.micro_batch < 0:
+            raise ValueError(f"{where} has micro_batch = {one.micro_batch}: rows at once, or 0 as train.micro_batch.")
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise ValueError(f"method.classes: {twice[0]!r} stands there twice. Give each class a name of its own.")
     _check_shares(classes)

@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_va
 
 from spryfl import methods
 from spryfl.adapters import ADAPTERS
+from spryfl.backbone.store import check_streamed
 from spryfl.methods import METHODS, REGISTRIES, ClientClass, Method
 from spryfl.options import STRICT, nearest, resolve, spelled, title, told, typed
 from spryfl.partition import PARTITIONS
@@ -246,12 +247,17 @@ def _own(what: str, given: Any, method: Mapping[str, Any], where: str) -> dict[s
 def _consistent(experiment: Experiment) -> None:
     """What two settings together must not be."""
     train, clients = experiment.train, experiment.partition.clients
-    methods.check_members(experiment.method.classes, clients)
+    classes = experiment.method.classes
+    methods.check_members(classes, clients)
+    if experiment.model.stream or any(one.stream for one in classes):
+        check_streamed(experiment.model.name)
+    if experiment.model.stream and any(one.stream for one in classes):
+        raise ValueError("method.classes: stream has no effect with model.stream: all clients stream. Remove one.")
     if train.cohort > clients and "cohort" in train.model_fields_set:
         raise ValueError(
             f"train.cohort = {train.cohort} clients a round, but partition.clients = {clients}. Lower the cohort."
         )
-    there = len(methods.present(experiment.method.classes, clients))
+    there = len(methods.present(classes, clients))
     if train.cohort > there and "cohort" in train.model_fields_set:
         raise ValueError(
             f"train.cohort = {train.cohort} clients a round, but of {clients} clients {there} are not absent. "
@@ -259,6 +265,14 @@ def _consistent(experiment: Experiment) -> None:
         )
     if train.steps and train.epochs and "steps" in train.model_fields_set:
         raise ValueError(f"train.epochs = {train.epochs} has no effect with train.steps = {train.steps}. Remove one.")
+    pieces = [("train.micro_batch", train.micro_batch)]
+    pieces += [(f'micro_batch of class "{one.name}"', one.micro_batch) for one in classes]
+    for what, rows in pieces:
+        if rows > train.batch_size:
+            raise ValueError(
+                f"{what} = {rows} rows at once, of train.batch_size = {train.batch_size}. Lower it, or 0 for whole "
+                f"batches."
+            )
     if train.keep_prefix and train.epochs == 1:
         raise ValueError("train.keep_prefix has no effect with one local epoch: no batch comes twice. Remove it.")
     if train.keep_prefix and train.dropout:

@@ -50,9 +50,16 @@ def _counters(blocks: tuple[tuple[str, int], ...]) -> tuple[Tensor, ...]:
     """The counters of some names, one after the other: (index low, index high, tag low, tag high), each (total,)."""
     index = torch.cat([torch.arange(count, dtype=torch.int64) for _, count in blocks])
     tags = [int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") for name, _ in blocks]
-    counts = torch.tensor([count for _, count in blocks])
-    low, high = (torch.tensor([word(t) for t in tags]).repeat_interleave(counts) for word in (_low, _high))
+    counts, total = torch.tensor([count for _, count in blocks]), len(index)
+    low, high = (
+        torch.tensor([word(t) for t in tags]).repeat_interleave(counts, output_size=total) for word in (_low, _high)
+    )
     return index & _MASK, index >> 32, low, high
+
+
+def forget() -> None:
+    """Lets go of the counters that are kept between calls."""
+    _counters.cache_clear()
 
 
 def _low(word: int) -> int:

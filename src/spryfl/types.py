@@ -81,6 +81,15 @@ class Cut(NamedTuple):
     both: frozenset[str] = frozenset()  # names that both parts read: such a value cannot be moved
 
 
+class Piece(NamedTuple):
+    """A part of a batch that is held in memory at once: the batch's loss is the weighted sum of its pieces' losses."""
+
+    weight: float  # its terms of the loss, of the batch's
+    batch: Batch
+    seed: int | None  # of its dropout masks
+    number: int = 0  # its place in the batch
+
+
 class LossFn(Protocol):
     """A client's loss as a function of its trainable values, and what of the model's inside an estimator may ask for.
 
@@ -99,6 +108,13 @@ class LossFn(Protocol):
 
     def __call__(self, params: Params, batch: Batch, seed: int | None = None) -> Tensor:
         """The loss of one batch, a float32 scalar."""
+        ...
+
+    def pieces(self, batch: Batch, seed: int | None = None) -> tuple[Piece, ...]:
+        """The parts that a batch is to be taken in, one after the other; the batch itself where it may be whole.
+
+        Only a piece may be given to the functions beside; `spryfl.estimators.pieces.summed` adds up over them.
+        """
         ...
 
     def cut(self, batch: Batch, seed: int | None = None, top: int = 0, checkpoint: bool = False) -> Cut:
