@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -21,9 +23,12 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from spryfl import noise
+from spryfl.backbone.codec import codec_of
+from spryfl.backbone.packed import Matrix, Packed
 from spryfl.costs.memory import Storages
 from spryfl.jvp import attention
 
+SOME = 2  # pieces of many alike that are run
 REAL = 1 << 20  # bytes of whole numbers up to which they are computed really
 
 _NUMBERS = torch.ops.aten._local_scalar_dense.default
@@ -80,7 +85,7 @@ def phantoms() -> Iterator[Phantoms]:
     it, some are run.
     """
     noise.forget()
-    token = attention.SOME.set(3)
+    token = attention.SOME.set(SOME)
     try:
         with Phantoms() as made:
             yield made
@@ -100,6 +105,9 @@ def fill(module: nn.Module, made: Phantoms) -> None:
 
     kept = list(module.parameters()), list(module.buffers())  # alive, so that no id comes twice
     for inner in module.modules():
+        if isinstance(inner, Packed):
+            inner.matrix = Some(inner.matrix.precision, inner.matrix.shape, partial(dict, _parts(inner.matrix, made)))
+            inner.device = torch.device("cpu")
         for name, value in inner._parameters.items():
             if value is not None:
                 filled = one(value)
@@ -108,3 +116,16 @@ def fill(module: nn.Module, made: Phantoms) -> None:
             if buffer is not None:
                 inner._buffers[name] = one(buffer)
     del kept
+
+
+class Some(Matrix):
+    """An encoded matrix of whose chunks, each as large as the next and gone before it, some are decoded."""
+
+    def chunks(self) -> Iterator[slice]:
+        """The first chunks."""
+        return islice(super().chunks(), SOME)
+
+
+def _parts(matrix: Matrix, made: Phantoms) -> dict[str, Tensor]:
+    layout = codec_of(matrix.precision).layout(matrix.shape)
+    return {name: made.like(torch.empty(shape, dtype=dtype, device="meta")) for name, (dtype, shape) in layout.items()}

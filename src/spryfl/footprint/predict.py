@@ -111,10 +111,15 @@ def footprint(
     for name, value in (("rows", rows), ("tokens", tokens)):
         if value < 1:
             raise ValueError(f"{name} = {value}; a step needs at least 1.")
+    if stream and not of.blocks:
+        raise ValueError(f'model "{of.name}" is not packed, so it cannot be streamed. Give a precision, or a packed folder.')
     own = frozenset(unit.name for unit in (of.units if mine is None else mine))
     units = [unit for unit in of.units if unit.name in own]
     reverse = _reverse(of, method, units)
-    asked = _Asked(of, method, own, reverse, rows, tokens, micro_batch, dropout, int(keep_prefix * 1e6))
+    if not 0 < micro_batch < rows:
+        micro_batch = 0
+    held = min(rows, 2 * micro_batch) if micro_batch else rows  # the third piece is as the second
+    asked = _Asked(of, method, own, reverse, held, tokens, micro_batch, dropout, int(keep_prefix * 1e6))
     whole = _continued(asked, "step", units)
     room = whole.most - whole.state - whole.prefix
     if reverse != own:
@@ -124,13 +129,13 @@ def footprint(
         activations = room
     return Footprint(
         process=process(),
-        backbone=of.backbone - (of.streamed if stream else 0),
+        backbone=of.backbone - (sum(of.blocks) if stream else 0),
         adapters=of.adapters,
         activations=activations,
         tangents=room - activations,
         gradients=whole.state,
         prefix=whole.prefix,
-        buffers=2 * of.block if stream else 0,
+        buffers=min(2, len(of.blocks)) * max(of.blocks) if stream else 0,
     )
 
 
@@ -231,7 +236,7 @@ def _run(asked: _Asked, what: str, form: Skeleton) -> _Held:
         head = frozenset(name for unit in form.units if unit.head for name in unit.params)
         own, fixed = tree.select(params, names), tree.without(params, names)
         guide = own if made.guide else {}
-        loss = ModelLoss(form.module, head, fixed, asked.dropout, Prefix(asked.keep), guide, asked.of.task)
+        loss = ModelLoss(form.module, head, fixed, asked.dropout, Prefix(asked.keep), guide, asked.of.task, asked.micro_batch)
         state = made.local.init(own) if made.local else {}
         held = sum(value.nbytes for values in (own, *state.values()) for value in values.values())
         del state
