@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Self, get_type_hints
 
@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_va
 from spryfl import methods
 from spryfl.adapters import ADAPTERS
 from spryfl.backbone.store import check_streamed
+from spryfl.classes import asked as asked_class
 from spryfl.methods import METHODS, REGISTRIES, ClientClass, Method
 from spryfl.options import STRICT, nearest, resolve, spelled, title, told, typed
 from spryfl.partition import PARTITIONS
@@ -127,6 +128,12 @@ class Experiment(BaseModel):
     def toml(self) -> str:
         """The resolved experiment; `spryfl run --config` runs it again as it is."""
         return tomli_w.dumps({key: value for key, value in self.as_dict().items() if value != {}})
+
+
+def asked(experiment: Experiment) -> Experiment:
+    """The experiment as it was asked for: memory of classes of clients in place of what was chosen for it."""
+    classes = tuple(asked_class(one) for one in experiment.method.classes)
+    return experiment.model_copy(update={"method": replace(experiment.method, classes=classes)})
 
 
 def parse(given: Mapping[str, Any]) -> Experiment:

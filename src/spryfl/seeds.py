@@ -1,4 +1,4 @@
-"""What the directions of a federation's clients follow from: seeds of their own, shared ones, or a pool. Costs nothing."""
+"""What the directions of a federation's clients follow from: own seeds, shared ones, or a pool. Costs nothing."""
 
 from __future__ import annotations
 
