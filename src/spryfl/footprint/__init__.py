@@ -14,7 +14,7 @@ continued to all blocks: every phase of a step grows by the same bytes with each
 0.5 s a step; nothing is read but the configuration.
 """
 
-from spryfl.footprint.outline import Outline, outline, outlined
+from spryfl.footprint.outline import Outline, outline, outlined, shapes
 from spryfl.footprint.predict import Footprint, footprint
 from spryfl.footprint.process import process
 from spryfl.footprint.step import Marked, prefix_bytes, step, values
@@ -28,6 +28,7 @@ __all__ = [
     "outlined",
     "prefix_bytes",
     "process",
+    "shapes",
     "step",
     "values",
 ]
