@@ -120,7 +120,7 @@ def encode(experiment: Experiment, corpus: data.Corpus, model: Model) -> tuple[R
 def prepare(experiment: Experiment, corpus: data.Corpus, model: Model, tokens: tuple[Rows, Rows] | None = None) -> Job:
     """Tokens (unless they are there), partition and plan of an experiment whose data and model are there."""
     rows, test = tokens or encode(experiment, corpus, model)
-    experiment = sizing.settled(experiment, corpus.labels, *_batch(experiment, rows))
+    experiment = sizing.settled(experiment, corpus.labels, rows)
     cut = [
         partition.hold_out(part, experiment.partition.held_out, noise.child_seed(experiment.seed, "held out", i))
         for i, part in enumerate(deal(experiment, corpus))
@@ -162,12 +162,6 @@ def _held(job: Job, client_: int) -> tuple[Model, int]:
             model = job.streamed if one.stream and job.streamed else job.model
             return model, one.micro_batch or most
     return job.model, most
-
-
-def _batch(experiment: Experiment, rows: Rows) -> tuple[int, int]:
-    """(sequences of a local batch, tokens of the longest)."""
-    lengths = [len(one["input_ids"]) for row in rows.inputs for one in row]
-    return experiment.train.batch_size * len(lengths) // max(len(rows.inputs), 1), max(lengths)
 
 
 def _pooled_steps(experiment: Experiment, parts: Sequence[Sequence[int]]) -> int:

@@ -23,6 +23,7 @@ from spryfl.config import Experiment
 from spryfl.estimators import DENSE
 from spryfl.models import resolve as place
 from spryfl.options import resolve
+from spryfl.tasks import Rows
 from spryfl.types import Unit
 
 if TYPE_CHECKING:
@@ -49,14 +50,13 @@ def nbytes(text: str) -> int:
     return int(number * _UNITS.get(found[2] or "", 1))
 
 
-def settled(experiment: Experiment, labels: Sequence[str], rows: int, tokens: int) -> Experiment:
+def settled(experiment: Experiment, labels: Sequence[str], data: Rows) -> Experiment:
     """The experiment with each class's memory turned into what fits it.
 
     Args:
         experiment: as it was asked for.
         labels: names of the classes that the task tells apart.
-        rows: sequences of a local batch.
-        tokens: of the longest row.
+        data: the training rows; a local batch is planned as long as the longest of them.
 
     Raises:
         ValueError: nothing fits a class; it says the smallest need and what would lower it.
@@ -73,6 +73,8 @@ def settled(experiment: Experiment, labels: Sequence[str], rows: int, tokens: in
 
     m, task = experiment.model, tasks.build(experiment.task)
     of = outline(m.name, tuple(labels), adapters.build(experiment.adapter), task=task, attention=m.attention)
+    lengths = [len(one["input_ids"]) for row in data.inputs for one in row]
+    rows, tokens = experiment.train.batch_size * len(lengths) // max(len(data.inputs), 1), max(lengths)
     made = tuple(_chosen(one, experiment, of, rows, tokens) if one.memory else one for one in method.classes)
     settled_ = replace(method, classes=made)
     choices.build(settled_)
