@@ -154,14 +154,13 @@ def _streamed(experiment: Experiment, corpus: data.Corpus) -> Model | None:
     return load_model(experiment.model_copy(update={"model": section}), corpus.labels)
 
 
-def _held(job: Job, client_: int) -> tuple[Model, int]:
-    """How a client holds the model: (as it is opened for its class, rows at once; 0 = whole batches)."""
-    name, most = job.plan.method.member(client_), job.experiment.train.micro_batch
+def _held(job: Job, name: str) -> tuple[Model, int]:
+    """How a class of clients holds the model: (as it is opened for it, rows at once; 0 = whole batches)."""
     for one in job.experiment.method.classes:
         if one.name == name:
             model = job.streamed if one.stream and job.streamed else job.model
-            return model, one.micro_batch or most
-    return job.model, most
+            return model, one.micro_batch or job.experiment.train.micro_batch
+    return job.model, job.experiment.train.micro_batch
 
 
 def _pooled_steps(experiment: Experiment, parts: Sequence[Sequence[int]]) -> int:
@@ -187,8 +186,11 @@ def predicted(job: Job) -> costs.Costs:
     return train.predicted(method, shapes, job.plan.clients, job.plan.cohort, steps)
 
 
-def local(job: Job) -> Callable[[int], client.Local]:
-    """Each client's own side: its rows, and the model as its class holds it."""
+def local(job: Job, client_class: str | None = None) -> Callable[[int], client.Local]:
+    """Each client's own side: its rows, and the model as its class holds it.
+
+    A job of one client alone has it under number 0: it says the class that the instruction says.
+    """
     t, keep = job.experiment.train, int(job.experiment.train.keep_prefix * 1e6)
 
     def batches(indices: Sequence[int], seed: int) -> Iterator[Batch]:
@@ -197,7 +199,7 @@ def local(job: Job) -> Callable[[int], client.Local]:
             yield tasks.collate(job.rows, chosen, job.model.device)
 
     def one(i: int) -> client.Local:
-        model, most = _held(job, i)
+        model, most = _held(job, job.plan.method.member(i) if client_class is None else client_class)
         return client.Local(
             bind=lambda fixed, guide: models.loss_fn(model, fixed, guide, t.dropout, keep, most),
             batches=lambda seed: batches(job.parts[i], seed),
@@ -269,7 +271,7 @@ def rehearse(job: Job) -> None:
     told = server.begin(state, plan.units, cohort, plan.method, plan.seed)
     told.sort(key=lambda one: tree.size(tree.select(one.params, one.names)))
     for one in told if plan.method.classes else {told[i].client: told[i] for i in (0, -1)}.values():
-        values, (model, most) = tree.to(one.params, job.model.device), _held(job, one.client)
+        values, (model, most) = tree.to(one.params, job.model.device), _held(job, one.client_class)
         loss_fn = models.loss_fn(model, tree.without(values, one.names), micro_batch=most)
         batch = tasks.collate(job.rows, job.parts[one.client][: 1 + most], job.model.device)
         estimator = plan.method.of(one.client_class).estimator
