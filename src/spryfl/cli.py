@@ -18,6 +18,7 @@ GROUPS = (
     "training",
     "tables",
     "answers",
+    "profiling",
     "packing",
 )
 for _group in GROUPS:

@@ -277,17 +277,12 @@ def rehearse(job: Job) -> None:
         batch = tasks.collate(job.rows, job.parts[one.client][: 1 + most], job.model.device)
         seed, chosen = noise.child_seed(plan.seed, "rehearsal"), tree.select(values, one.names)
         estimator = plan.method.of(one.client_class).estimator
-        firstbatch.rehearsed(estimator, loss_fn, chosen, batch, seed, doubted(model))
-
-
-def doubted(model: Model) -> bool:
-    """Whether layers of another library compute in the model, with weights in a form of their own."""
-    return any(map(adapters.foreign, model.module.modules()))
+        firstbatch.rehearsed(estimator, loss_fn, chosen, batch, seed, models.foreign(model))
 
 
 def begin(job: Job, folder: Path | None) -> tuple[Journal | None, ServerState, Progress]:
     """A new run, in a new folder if one is given."""
-    if folder or doubted(job):
+    if folder or models.foreign(job.model):
         rehearse(job)
     return (create(job, folder) if folder else None, *train.start(job.plan, job.model.params))
 
