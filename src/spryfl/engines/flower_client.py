@@ -295,7 +295,11 @@ _held: dict[str, Held] = {}  # in a simulation: what this process saw last
 
 
 def _memory(note: Note, context: Context) -> Memory:
-    return Memory(context, f"held-{note['which']}", note.get("shared", ""))
+    """Of this run and experiment alone: a node's state may outlive a run."""
+    key = f"held-{context.run_id}-{note['which']}"
+    for other in [name for name in context.state if name != key]:
+        del context.state[other]
+    return Memory(context, key, note.get("shared", ""))
 
 
 def shared_file(run_id: int, which: int) -> str:

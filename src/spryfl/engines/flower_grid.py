@@ -25,7 +25,9 @@ from spryfl.types import Instruction, Update
 
 log = logging.getLogger("flwr")  # Flower shows it, and carries it to whoever follows the run
 
-PARTS = ("start", "import", "load", "step")  # seconds of one message at a client
+# Seconds of the messages of a round at their clients, added up: until the process was there, of its imports, of the
+# model and the rows, of the steps.
+PARTS = ("start", "import", "load", "step")
 _HELLO, _ROUND = "query.hello", "train.round"
 _POLL = {True: 0.02, False: 0.25}  # seconds between looks: in a simulation, over a network
 _PATIENCE = 2.0  # deadlines until Flower drops a message: what comes after one is late, and counted
@@ -47,6 +49,7 @@ class Nodes:
     simulated: bool
     note: Note  # what every message carries
     deadline: float  # seconds; 0 = none
+    greeting: float = 60.0  # seconds that a new node has for its first answer
     said: dict[int, Note] = field(default_factory=dict)  # node -> its answer to the first message
     late: dict[str, Late] = field(default_factory=dict)  # message -> what it was
     bytes_down: int = 0  # of greetings, as Flower counts
@@ -124,7 +127,7 @@ def greeted(nodes: Nodes, new: Sequence[int]) -> dict[int, Note]:
     """What nodes say of themselves; one that does not answer is asked again at the next occasion."""
     sent = {node: Message(letter(b"", nodes.note), node, _HELLO) for node in new}
     nodes.bytes_down += sum(size(message) for message in sent.values())
-    replies, _ = asked(nodes, sent, max(nodes.deadline, 60.0))
+    replies, _ = asked(nodes, sent, nodes.greeting)
     nodes.bytes_up += sum(size(reply) for reply in replies.values())
     out = {}
     for node, reply in replies.items():
@@ -202,6 +205,7 @@ def carried(nodes: Nodes, lost: Callable[[int, int], bool], expected: Callable[[
     """
 
     def exchange(told: Sequence[Instruction]) -> Answers:
+        since = time.perf_counter()
         seats, sheet = nodes.seats(), Sheet(nodes, expected())
         sent = {one.client: message for one in told if (message := sheet.message(one, seats, lost))}
         replies, waiting = asked(nodes, sent, nodes.deadline)
@@ -213,7 +217,7 @@ def carried(nodes: Nodes, lost: Callable[[int, int], bool], expected: Callable[[
                 sheet.fail(one, f"did not answer within {nodes.deadline:g} s")
             elif one.client in sent:
                 sheet.fail(one, "could not be reached")
-        sheet.facts["late"] += _overdue(nodes)
+        sheet.facts |= {"late": _overdue(nodes), "exchange": time.perf_counter() - since}
         return Answers(sheet.updates, sheet.failed, sheet.down, sheet.up, lost=frozenset(sheet.lost), facts=sheet.facts)
 
     return exchange

@@ -54,10 +54,17 @@ def run(grid: Grid, run_id: int, which: int, experiment: Experiment, folder: Pat
     note: Note = {"which": which, "threads": torch.get_num_threads(), "labels": list(corpus.labels)}
     if simulated:
         note |= {"shared": flower_client.shared_file(run_id, which)}
-    nodes = Nodes(grid, experiment.partition.clients, simulated, note, experiment.flower.deadline)
+    f = experiment.flower
+    nodes = Nodes(grid, experiment.partition.clients, simulated, note, f.deadline, greeting=f.wait)
     if not simulated:
         nodes.note = {**note, "model": flower_client.frozen_hash(model)}
-    gathered(nodes, experiment.flower.nodes, experiment.flower.wait)
+    elif not experiment.threads:
+        log.warning(
+            "clients run side by side, each with %d threads, for the bits of a run in process; with threads = 1 "
+            "there are fewer of them",
+            note["threads"],
+        )
+    gathered(nodes, f.nodes, f.wait)
     own = any(said.get("own") for said in nodes.said.values())
     nodes.note = {key: note[key] for key in note if own or key != "labels"}
     made = sites_job(experiment, corpus, model) if own else job.prepare(experiment, corpus, model)
@@ -101,7 +108,8 @@ def _rounds(made: Job, nodes: Nodes, own: bool, book: Journal, state: ServerStat
     job.note(book, flower=_facts(nodes, own))
     log.info("run folder %s, process %d", book.folder, os.getpid())
     lost = train.lost(made.experiment.seed, made.experiment.train.drop_clients)
-    exchange = carried(nodes, lost, lambda: expected(made, nodes, own))
+    usual = expected(made)
+    exchange = carried(nodes, lost, lambda: usual._replace(examples={**usual.examples, **_examples(nodes)}))
     for record, _ in job.run(made, book, state, progress, exchange):
         score = record.get(made.plan.metric)
         log.info("round %d: loss %s%s", record["round"], record.get("loss"), f", {score:.4f}" if score else "")
@@ -122,12 +130,15 @@ def _facts(nodes: Nodes, own: bool) -> dict[str, Any]:
     }
 
 
-def expected(made: Job, nodes: Nodes, own: bool) -> Expected:
+def _examples(nodes: Nodes) -> dict[int, int]:
+    """What sites with data of their own say that they train on, the newest word of each."""
+    said = [note for note in nodes.said.values() if note.get("own") and "error" not in note]
+    return {note["partition-id"]: note["examples"] for note in said}
+
+
+def expected(made: Job) -> Expected:
     """What answers must be like."""
     examples = {i: len(part) for i, part in enumerate(made.parts)}
-    if own:
-        said = [note for note in nodes.said.values() if note.get("own") and "error" not in note]
-        examples |= {note["partition-id"]: note["examples"] for note in said}
     method = made.experiment.method
     known = method.estimator["kind"] in list(REGISTRIES["estimator"])
     return Expected(made.model.params, examples, steps(made), _seeded(made), method.guide or not known)
