@@ -32,22 +32,21 @@ def small(given, name, **changes):
     return given(name=name, flower={"wait": 120.0, **changes.pop("flower", {})}, **more, **changes)
 
 
-class TestSimulation:
-    @pytest.fixture(scope="class")
-    def ran(self, given, tmp_path_factory):
-        """(experiments by name, their folders' folder, the federation) of one run of many experiments."""
-        folder = tmp_path_factory.mktemp("simulation")
-        all_ = [small(given, name, method=name, train={"drop_clients": 0.2}) for name in ROWS]
-        all_ += [small(given, lie, method="fedavg") for lie in LIARS]
-        with Federation(folder / "flower", "flower_liar:client_app") as here:
-            here.link("--simulation")
-            run = here.submit(
-                all_, folder / "runs", "--federation-config", "num-supernodes=5 client-resources-num-cpus=1"
-            )
-            state = here.ended(run, 500)
-        assert state == "finished:completed", here.log()
-        return {one["name"]: one for one in all_}, folder, here
+@pytest.fixture(scope="module")
+def ran(given, tmp_path_factory):
+    """(experiments by name, their folders' folder, the federation) of one run of many experiments."""
+    folder = tmp_path_factory.mktemp("simulation")
+    all_ = [small(given, name, method=name, train={"drop_clients": 0.2}) for name in ROWS]
+    all_ += [small(given, lie, method="fedavg") for lie in LIARS]
+    with Federation(folder / "flower", "flower_liar:client_app") as here:
+        here.link("--simulation")
+        run = here.submit(all_, folder / "runs", "--federation-config", "num-supernodes=5 client-resources-num-cpus=1")
+        state = here.ended(run, 500)
+    assert state == "finished:completed", here.log()
+    return {one["name"]: one for one in all_}, folder, here
 
+
+class TestSimulation:
     @pytest.mark.parametrize("name", ROWS)
     def test_ends_in_the_bits_of_the_run_in_process(self, name, ran, tmp_path):
         experiments, folder, _ = ran
