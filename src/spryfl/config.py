@@ -22,7 +22,7 @@ from spryfl.classes import asked as asked_class
 from spryfl.methods import METHODS, REGISTRIES, ClientClass, Method
 from spryfl.options import STRICT, nearest, resolve, spelled, title, told, typed
 from spryfl.partition import PARTITIONS
-from spryfl.sections import DataSection, ModelSection, PartitionSection, TrainSection
+from spryfl.sections import DataSection, FlowerSection, ModelSection, PartitionSection, TrainSection
 from spryfl.tasks import TASKS, Task
 from spryfl.tasks import build as build_task
 
@@ -55,6 +55,7 @@ class Experiment(BaseModel):
     adapter: dict[str, Any] = {"kind": _DEFAULT_ADAPTER}
     method: Method = Field(default_factory=lambda: _method({"name": _DEFAULT_METHOD}))
     train: TrainSection = TrainSection()
+    flower: FlowerSection = FlowerSection()
 
     @field_validator("schema_")
     @classmethod
@@ -280,6 +281,10 @@ def _consistent(experiment: Experiment) -> None:
                 f"{what} = {rows} rows at once, of train.batch_size = {train.batch_size}. Lower it, or 0 for whole "
                 f"batches."
             )
+    if train.tries > 1 and not train.min_answers:
+        raise ValueError(
+            f"train.tries = {train.tries} has no effect without train.min_answers. Set that, or remove it."
+        )
     if train.keep_prefix and train.epochs == 1:
         raise ValueError("train.keep_prefix has no effect with one local epoch: no batch comes twice. Remove it.")
     if train.keep_prefix and train.dropout:
