@@ -32,18 +32,19 @@ RANKS: list[list[str]] = [
     ["api", "report", "screen", "explain"],
     ["pictures"],
     ["compare"],
+    ["commands"],
     ["cli"],
 ]
 # A folder is one place: files import each other downwards.
-PACKAGES = ("costs", "jvp", "data", "estimators", "engines", "tasks", "adapters")
+PACKAGES = ("costs", "jvp", "data", "estimators", "engines", "tasks", "adapters", "commands")
 HUGGING_FACE = {"transformers", "peft", "datasets", "tokenizers", "accelerate"}
 MAY_USE = {
     "transformers": {"adapters", "layout", "models"},
     "peft": {"adapters"},
     "datasets": {"data"},
     "matplotlib": {"pictures"},
-    "rich": {"cli", "screen"},
-    "typer": {"cli"},
+    "rich": {"commands", "screen"},
+    "typer": {"commands"},
     "pydantic": {"config", "options", "sections"},
     "flwr": set(),
 }
@@ -167,7 +168,7 @@ def test_nothing_asks_for_a_method_by_name():
 
     names = set(METHODS) - {"head_only", "alone", "pooled"}  # these are also words of a setting
     for path in modules():
-        if place(path) in ("methods", "config", "cli"):  # the table, the default experiment, help texts
+        if place(path) in ("methods", "config", "commands"):  # the table, the default experiment, help texts
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Compare):
