@@ -32,11 +32,12 @@ RANKS: list[list[str]] = [
     ["api", "report", "screen", "explain"],
     ["pictures"],
     ["compare"],
+    ["sites"],
     ["commands"],
     ["cli"],
 ]
 # A folder is one place: files import each other downwards.
-PACKAGES = ("costs", "jvp", "data", "estimators", "engines", "tasks", "adapters", "commands")
+PACKAGES = ("costs", "jvp", "data", "estimators", "engines", "tasks", "adapters", "commands", "sites")
 HUGGING_FACE = {"transformers", "peft", "datasets", "tokenizers", "accelerate"}
 MAY_USE = {
     "transformers": {"adapters", "layout", "models"},
@@ -47,6 +48,7 @@ MAY_USE = {
     "typer": {"commands"},
     "pydantic": {"config", "options", "sections"},
     "flwr": set(),
+    "cryptography": {"sites"},
 }
 
 

@@ -18,6 +18,7 @@ GROUPS = (
     "training",
     "tables",
     "answers",
+    "flower",
 )
 for _group in GROUPS:
     importlib.import_module(f"spryfl.commands.{_group}")

@@ -4,8 +4,9 @@
     server.pem, server.key    the SuperLink's machine alone
     node0, node0.pub, ...     node<i> at site i alone; the .pub files are registered at the SuperLink
 
-ECDSA on P-384 throughout, which is what SuperNode authentication takes (RFC 5656; OpenSSH's format), certificates by RFC 5280.
-The CA signs one certificate and its private key is then forgotten: nobody can sign a second server with it. Cost: milliseconds.
+ECDSA on P-384 throughout, as SuperNode authentication wants it (RFC 5656, OpenSSH's format); certificates by RFC 5280.
+The CA signs one certificate and its private key is then forgotten: nobody can sign a second server with it. Cost:
+milliseconds.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import datetime
 import ipaddress
 import os
 import re
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -26,7 +28,8 @@ CA, SERVER, SERVER_KEY = "ca.crt", "server.pem", "server.key"
 DAYS = 90
 LOOPBACK = ("localhost", "127.0.0.1", "::1")  # the SuperLink's own processes talk to it by these
 _SKEW = datetime.timedelta(minutes=5)  # a site's clock may be late
-_NAME = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9-]{1,63}(?<!-))*")
+_LABEL = r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)"
+_NAME = re.compile(rf"({_LABEL}\.)*(?!\d+$){_LABEL}")  # a last part of digits alone is a mistyped address
 _TEXT = """\
 Made by `spryfl flower certs` for trying out. Where each file belongs:
 
@@ -44,7 +47,7 @@ organisation.
 
 
 def make(folder: Path, nodes: int, hosts: Sequence[str], days: int = DAYS) -> list[Path]:
-    """Writes a CA, a server certificate and `nodes` key pairs into a new folder; private keys are readable by you alone.
+    """Writes a CA, a server certificate and `nodes` key pairs into a new folder; private keys for your eyes alone.
 
     Args:
         folder: a folder that is not there yet. It appears whole or not at all.
@@ -66,15 +69,18 @@ def make(folder: Path, nodes: int, hosts: Sequence[str], days: int = DAYS) -> li
         raise ValueError(f"certs: {nodes} nodes and {days} days; at least 1 of each.")
     if folder.exists():
         raise ValueError(
-            f"{folder} is there already, and nothing in it was touched: sites may be using its keys. Give another folder."
+            f"{folder} is there already, and nothing in it was touched: sites may use its keys. Give another folder."
         )
     beside = folder.with_name(f"{folder.name}.part-{os.getpid()}")
-    beside.mkdir(parents=True, mode=0o700)
-    until = _write(beside, nodes, names, days)
     shown = f"node0 to node{nodes - 1}" if nodes > 1 else "node0"
-    said = _TEXT.format(ca=CA, server=SERVER, key=SERVER_KEY, hosts=", ".join(names), nodes=shown, until=until)
-    (beside / "README.txt").write_text(said, encoding="utf-8")
-    beside.rename(folder)
+    try:
+        beside.mkdir(parents=True, mode=0o700)
+        until = _write(beside, nodes, names, days)
+        said = _TEXT.format(ca=CA, server=SERVER, key=SERVER_KEY, hosts=", ".join(names), nodes=shown, until=until)
+        (beside / "README.txt").write_text(said, encoding="utf-8")
+        beside.rename(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
     return sorted(folder.iterdir())
 
 
@@ -100,8 +106,8 @@ def _names(hosts: Iterable[str]) -> tuple[str, ...]:
     for host in hosts:
         if not (_address(host) or _NAME.fullmatch(host)):
             raise ValueError(
-                f'certs: host "{host}" is neither a host name nor an IP address. Give what the sites will type, without a port: '
-                f"superlink.example.org, or 192.0.2.7."
+                f'certs: host "{host}" is neither a host name nor an IP address. Give what the sites will type, but '
+                f"without a port: superlink.example.org, or 192.0.2.7."
             )
     return tuple(dict.fromkeys((*hosts, *LOOPBACK)))
 
