@@ -6,10 +6,13 @@ import contextlib
 import http.server
 import json
 import os
+import signal
 import socket
 import ssl
 import stat
+import sys
 import threading
+import time
 import tomllib
 from pathlib import Path
 
@@ -21,9 +24,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 from typer.testing import CliRunner
 
-from spryfl import cli, trace
+from spryfl import api, cli, journal, trace
 from spryfl.config import Experiment
-from spryfl.sites import certs, doctor, folder, hashes, typed
+from spryfl.sites import bits, certs, doctor, folder, hashes, processes, typed
 
 
 @pytest.fixture(scope="module")
@@ -173,9 +176,10 @@ def test_what_cannot_be_certified_is_refused_and_leaves_nothing(tmp_path, given,
 
 def test_the_folder_holds_the_whole_experiment(small, tmp_path):
     made = typed.federation(tmp_path / "app", "superlink.example.org:8443", tmp_path / "tls")
-    folder.init(made.app, small, made, "0123")
+    folder.init(made.app, small, made, "0123", folder.classes(small))
     opened = folder.read(made.app)
     assert opened.experiment == small
+    assert opened.labels == ("bad", "good")
     assert opened.made_with == {**folder.versions(), "noise": trace.fingerprint(), "model": "0123"}
     assert Experiment.load(made.app / "experiment.toml") == small
     app = tomllib.loads((made.app / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
@@ -313,6 +317,110 @@ def test_a_key_is_looked_at(tls, tmp_path):
     (short := tmp_path / "short").write_bytes(ec.generate_private_key(ec.SECP256R1()).private_bytes(*form))
     short.chmod(0o600)
     assert "P-384" in doctor.secret(short).said
+
+
+def test_the_rows_of_a_site_are_read_as_the_run_will_read_them(small, reviews, tmp_path):
+    good = doctor.rows(reviews / "test.csv", small, ("bad", "good"))
+    assert good.state == "ok"
+    assert "80 rows" in good.said
+    lines = (reviews / "test.csv").read_text().splitlines()[1:]
+    counts = [sum(line.split(",")[1] == name for line in lines) for name in ("bad", "good")]
+    assert f"bad {counts[0]}, good {counts[1]}" in good.said
+    assert doctor.rows(reviews / "test.csv", small).state == "note"  # no app folder: which classes?
+    assert doctor.rows(reviews / "test.csv", small, ("bad", "fine")).state == "wrong"
+    assert doctor.rows(tmp_path / "none.csv", small, ("bad", "good")).state == "wrong"
+    (tmp_path / "bare.csv").write_text("text\nwithout a label\n")
+    assert doctor.rows(tmp_path / "bare.csv", small, ("bad", "good")).state == "wrong"
+
+
+# --- two runs, bit for bit
+
+
+@pytest.fixture
+def runs(small, tmp_path) -> tuple[Path, Path]:
+    api.finetune(small, folder=tmp_path / "one")
+    api.finetune(small, folder=tmp_path / "other")
+    return tmp_path / "one", tmp_path / "other"
+
+
+def test_a_run_and_its_repetition_are_the_same(runs):
+    assert bits.differences(*runs) == []
+    assert spryfl("flower", "same", *runs)[0] == 0
+
+
+def test_one_bit_of_the_state_one_byte_of_the_adapter_one_record_are_found(runs):
+    one, other = runs
+    opened = journal.open_folder(other)
+    state, progress = journal.load(opened)
+    name = next(iter(state.params))
+    value = state.params[name].clone()
+    value.view(-1)[0] = torch.nextafter(value.view(-1)[0], torch.tensor(torch.inf))
+    journal.save(opened, journal.NEWEST, state._replace(params={**state.params, name: value}), progress)
+    assert bits.differences(one, other) == ["state: params"]
+    adapter = other / "adapter" / "adapter_model.safetensors"
+    adapter.write_bytes(adapter.read_bytes()[:-1] + b"\0\0")
+    assert bits.differences(one, other) == ["state: params", "adapter: adapter_model.safetensors"]
+    lines = opened.records_file.read_text().splitlines()
+    opened.records_file.write_text("\n".join([*lines[:-1], lines[-1].replace('"loss": ', '"loss": 1')]) + "\n")
+    assert any("round 2: loss" in one for one in bits.differences(one, other))
+    assert spryfl("flower", "same", one, other)[0] == 2
+
+
+def test_zeros_of_two_signs_are_two_things():
+    zero = torch.zeros(2)
+    assert bits.equal({"a": (zero, 1)}, {"a": (zero.clone(), 1)})
+    assert not bits.equal(zero, -zero)
+    assert not bits.equal(zero, zero.double())
+    assert not bits.equal({"a": zero}, {"b": zero})
+
+
+# --- processes
+
+
+def test_a_process_and_what_it_started_are_gone_after_the_block(tmp_path):
+    """The child starts another one, writes its id, and answers on a port; both are ended, by their ids."""
+    port = processes.free_ports(1)
+    code = (
+        "import socket, subprocess, sys, time\n"
+        "other = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "open('other', 'w').write(str(other.pid))\n"
+        f"server = socket.create_server(('127.0.0.1', {port}))\n"
+        "time.sleep(600)\n"
+    )
+    words = [sys.executable, "-c", code]
+    with processes.running(words, Path("app"), tmp_path, processes.answers(port)) as one:
+        other = int((tmp_path / "other").read_text())
+        os.kill(other, 0)
+    assert one.returncode == -signal.SIGTERM
+    until = time.monotonic() + 10
+    while _alive(other):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def _alive(pid: int) -> bool:
+    """Whether a process runs; one that ended and was not yet waited for by anybody does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_one_that_ends_or_is_never_ready_is_told_of_with_its_log(tmp_path):
+    said = [sys.executable, "-c", "print('no room'); raise SystemExit(3)"]
+    with (
+        pytest.raises(processes.FailedError, match=r"ended with 3[\s\S]*no room"),
+        processes.running(said, Path("app"), tmp_path, lambda: False),
+    ):
+        pass
+    deaf = [sys.executable, "-c", "import time; time.sleep(600)"]
+    with (
+        pytest.raises(processes.FailedError, match="is not ready"),
+        processes.running(deaf, Path("app"), tmp_path, lambda: False, seconds=0.5),
+    ):
+        pass
+    with pytest.raises(processes.FailedError, match=r"ended with 3[\s\S]*no room"):
+        processes.call(said, Path("app"), tmp_path)
 
 
 # --- the hash of the weights

@@ -1,4 +1,4 @@
-"""Commands for real federations on Flower: `spryfl flower init | certs | doctor`. They start nothing."""
+"""Commands for real federations on Flower: `spryfl flower init | certs | doctor | same`. They start nothing."""
 
 from __future__ import annotations
 
@@ -38,11 +38,13 @@ def init(
         raise ValueError("--insecure has no effect beside --tls. Remove one of them.")
     keys = None if insecure else tls or folder / "tls"
     made = typed.federation(folder, superlink or f"127.0.0.1:{typed.PORT}", keys)
-    weights = hashes.weights(experiment)
-    folders.init(folder, experiment, made, weights)
+    weights, labels = hashes.weights(experiment), folders.classes(experiment)
+    folders.init(folder, experiment, made, weights, labels)
     out.print(f"folder  {folder}: pyproject.toml, experiment.toml, {typed.HOME}/config.toml", soft_wrap=True)
     if not weights:
         out.print(f"note    model {experiment.model.name} is not on this machine, so its hash is not noted")
+    if not labels:
+        out.print(f"note    data {experiment.data.name} are not on this machine, so the classes are not noted")
     _tell(folders.walk(made, experiment), typed.environment(folder))
 
 
@@ -78,6 +80,22 @@ def certs(
     made = making.make(folder, nodes, host, days)
     out.print(f"folder  {folder}: {', '.join(path.name for path in made)}", soft_wrap=True)
     print((folder / "README.txt").read_text(encoding="utf-8"), end="")
+
+
+@flower.command()
+def same(
+    one: Annotated[Path, typer.Argument(help="A run folder.")],
+    other: Annotated[Path, typer.Argument(help="Another one.")],
+) -> None:
+    """Whether two runs ended in the same bits: state, adapter, records but for times and bytes. Exit code 2 if not."""
+    from spryfl.sites import bits
+
+    found = bits.differences(one, other)
+    for difference in found:
+        err.print(f"wrong  {difference}", soft_wrap=True)
+    if found:
+        raise typer.Exit(2)
+    out.print(f"ok     {one} and {other} ended in the same bits", soft_wrap=True)
 
 
 @flower.command()

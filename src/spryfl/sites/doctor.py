@@ -18,15 +18,19 @@ import http.client
 import socket
 import ssl
 import stat
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
-from spryfl import trace
+from spryfl import data as data_
+from spryfl import tasks, trace
 from spryfl.config import Experiment
+from spryfl.data import columns, tables
+from spryfl.data import labels as labelling
 from spryfl.sites import folder as folders
 from spryfl.sites import hashes, typed
 
@@ -60,7 +64,7 @@ def examine(
     if opened:
         yield model(hashes.weights(opened.experiment), made_with.get("model", ""), opened.experiment.model.name)
     if data:
-        yield rows(data, opened.experiment if opened else Experiment())
+        yield rows(data, opened.experiment if opened else Experiment(), opened.labels if opened else ())
     if key:
         yield secret(key)
     if superlink:
@@ -112,9 +116,29 @@ def model(own: str, wanted: str, name: str) -> Check:
     return Check("model", OK, f"{name}, hash {own}" + (", as in the app folder" if wanted else ""))
 
 
-def rows(path: Path, experiment: Experiment) -> Check:
-    """Whether a site's file can be read as the experiment needs it."""
-    raise NotImplementedError
+def rows(path: Path, experiment: Experiment, labels: Sequence[str] = ()) -> Check:
+    """Whether a site's file can be read as the experiment needs it. What it says of the rows stays here."""
+    d, needs = experiment.data, tasks.build(experiment.task).needs
+    named = {"text": d.text, "pair": d.pair, "label": d.label}
+    try:
+        found = data_.read_labelled(path, labels or _classes(path, experiment), **named, needs=needs)
+    except (ValueError, OSError) as error:
+        do = "Change the file, or data.text, data.pair, data.label of the experiment, for all sites."
+        return Check("data", WRONG, str(error), do)
+    counted = Counter(found.label)
+    shown = ", ".join(f"{name} {counted[i]}" for i, name in enumerate(labels)) if needs.label else ""
+    said = f"{len(found.text)} rows of {path}" + (f"; {shown}" if shown else "")
+    if needs.label and not labels:
+        return Check("data", NOTE, f"{said}; its classes could not be compared", "Give the app folder.")
+    return Check("data", OK, said)
+
+
+def _classes(path: Path, experiment: Experiment) -> tuple[str, ...]:
+    """The classes that a file itself names."""
+    d, needs = experiment.data, tasks.build(experiment.task).needs
+    table = tables.read(path)
+    chosen, _ = columns.choose(table, columns.Columns(d.text, d.pair, d.label, ""), needs)
+    return labelling.names(table, chosen.label) if needs.label else (columns.ALL,)
 
 
 def secret(path: Path) -> Check:

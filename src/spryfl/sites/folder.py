@@ -13,15 +13,16 @@ import os
 import platform
 import shutil
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import tomli_w
 
-from spryfl import __version__, trace
+from spryfl import __version__, job, trace
 from spryfl.config import Experiment, parse
+from spryfl.data import DOCSTRINGS
 from spryfl.sites import typed
 from spryfl.sites.typed import Federation
 
@@ -40,6 +41,7 @@ class Opened(NamedTuple):
 
     experiment: Experiment
     made_with: Mapping[str, str]  # package or "python" -> version; "noise": the fingerprint; "model": the weights' hash
+    labels: tuple[str, ...]  # the classes, if they were known
 
 
 class Step(NamedTuple):
@@ -51,7 +53,7 @@ class Step(NamedTuple):
     site: int | None = None  # its number, where it is one of many
 
 
-def init(folder: Path, experiment: Experiment, made: Federation, weights: str = "") -> None:
+def init(folder: Path, experiment: Experiment, made: Federation, weights: str = "", labels: Sequence[str] = ()) -> None:
     """Writes the app folder; it appears whole or not at all.
 
     Args:
@@ -59,6 +61,7 @@ def init(folder: Path, experiment: Experiment, made: Federation, weights: str = 
         experiment: what to run.
         made: where its SuperLink will be.
         weights: the hash of the model's weights, if it is known.
+        labels: the classes, if they are known.
 
     Raises:
         ValueError: the folder is there already.
@@ -70,7 +73,7 @@ def init(folder: Path, experiment: Experiment, made: Federation, weights: str = 
     beside = folder.with_name(f"{folder.name}.part-{os.getpid()}")
     try:
         (beside / typed.HOME).mkdir(parents=True)
-        (beside / "pyproject.toml").write_text(project(experiment, weights), encoding="utf-8")
+        (beside / "pyproject.toml").write_text(project(experiment, weights, labels), encoding="utf-8")
         (beside / typed.HOME / "config.toml").write_text(connections(made), encoding="utf-8")
         (beside / "experiment.toml").write_text(settled(experiment).toml(), encoding="utf-8")
         beside.rename(folder)
@@ -83,12 +86,19 @@ def settled(experiment: Experiment) -> Experiment:
     given = experiment.as_dict()
     for section, key in (("data", "name"), ("data", "test"), ("model", "name"), ("model", "adapter")):
         value = given[section][key]
-        if value and value != "docstrings" and Path(value).expanduser().exists():
+        if value and value != DOCSTRINGS and Path(value).expanduser().exists():
             given[section][key] = str(Path(value).expanduser().resolve())
     return parse({key: value for key, value in given.items() if value != {}})
 
 
-def project(experiment: Experiment, weights: str = "") -> str:
+def classes(experiment: Experiment) -> tuple[str, ...]:
+    """The classes that the experiment's data name; none where the data are not on this machine."""
+    name = experiment.data.name
+    here = name == DOCSTRINGS or Path(name).expanduser().exists()
+    return job.read(experiment).labels if here else ()
+
+
+def project(experiment: Experiment, weights: str = "", labels: Sequence[str] = ()) -> str:
     """The text of pyproject.toml."""
     name = "".join(c if c.isalnum() else "-" for c in experiment.name.lower()).strip("-") or "experiment"
     whole = {
@@ -103,11 +113,12 @@ def project(experiment: Experiment, weights: str = "") -> str:
             "flwr": {
                 "app": {
                     "publisher": "spryfl",
+                    "fab-exclude": ["**"],  # this file alone travels: no run folder, no note beside it
                     "components": {"serverapp": f"{APPS}:server_app", "clientapp": f"{APPS}:client_app"},
                     "config": run_config(experiment),
                 }
             },
-            "spryfl": {"made-with": made_with(weights)},
+            "spryfl": {"labels": list(labels), "made-with": made_with(weights)},
         },
     }
     return _HEAD.format(config="experiment.toml") + tomli_w.dumps(whole)
@@ -115,7 +126,8 @@ def project(experiment: Experiment, weights: str = "") -> str:
 
 def run_config(experiment: Experiment) -> dict[str, Any]:
     """What the apps are told: Flower's run configuration takes plain values alone, so the experiment is one text."""
-    return {KEY: json.dumps(settled(experiment).as_dict(), separators=(",", ":"))}
+    whole = json.dumps(settled(experiment).as_dict(), separators=(",", ":"))
+    return {KEY: whole, "folder": f"runs/{experiment.name}", "resume": False}
 
 
 def made_with(weights: str = "") -> dict[str, str]:
@@ -156,7 +168,8 @@ def read(folder: Path) -> Opened:
     try:
         tool = tomllib.loads(path.read_text(encoding="utf-8"))["tool"]
         text = tool["flwr"]["app"]["config"][KEY]
-        return Opened(parse(json.loads(text)), tool.get("spryfl", {}).get("made-with", {}))
+        noted = tool.get("spryfl", {})
+        return Opened(parse(json.loads(text)), noted.get("made-with", {}), tuple(noted.get("labels", ())))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is no app folder's: {error}. Make one: spryfl flower init DIR --config FILE"
@@ -169,7 +182,7 @@ def walk(made: Federation, experiment: Experiment) -> list[Step]:
     where = "the SuperLink's machine"
     steps = [
         Step("this machine, terminal 1", "simulation: the SuperLink", typed.simulator(simulation_port(made))),
-        Step("this machine, terminal 2", "simulation: the run", typed.run(made.app, typed.SIMULATION, clients)),
+        Step("this machine, terminal 2", "simulation: the run", typed.run(made.app, typed.SIMULATION, clients=clients)),
         Step("this machine, terminal 2", "how it ended", typed.listing(typed.SIMULATION)),
     ]
     if made.tls:
@@ -179,12 +192,8 @@ def walk(made: Federation, experiment: Experiment) -> list[Step]:
     for i in range(clients) if made.tls else ():
         steps.append(Step(f"{where}, terminal 2", f"admits site {i}", typed.register(made, i), i))
     for i in range(clients):
-        steps.append(Step(f"site {i}", f"site {i}", typed.supernode(made, i, node_config(i), typed.NODE_PORT + i), i))
+        words = typed.supernode(made, i, typed.node(i, "/path/to/site.parquet"), typed.NODE_PORT + i)
+        steps.append(Step(f"site {i}", "its process", words, i))
     steps.append(Step(f"{where}, terminal 2", "the run", typed.run(made.app, typed.SITES)))
     steps.append(Step(f"{where}, terminal 2", "how it ended", typed.listing(typed.SITES)))
     return steps
-
-
-def node_config(node: int, data: str = "/path/to/site.parquet") -> str:
-    """What a site says of itself: which client it is, and where its data are."""
-    return f'partition-id={node} data="{data}"'

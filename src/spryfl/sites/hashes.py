@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ def weights(experiment: Experiment) -> str:
     try:
         module, _ = models.load(m.name, ("0", "1"), revision=m.revision, trust_remote_code=own, task=task)
     except ValueError:
+        if Path(m.name).exists():  # it is here, and something is wrong with it
+            raise
         return ""
     return digest(pretrained(module.state_dict(), str(getattr(module, "base_model_prefix", ""))))
 

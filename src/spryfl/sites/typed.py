@@ -116,10 +116,32 @@ def supernode(made: Federation, node: int, config: str, port: int = NODE_PORT) -
     return ["flower-supernode", *trust, *where, "--node-config", config]
 
 
-def run(app: Path, connection: str, clients: int = 0) -> list[str]:
-    """Starts the experiment; `clients` is how many a simulation has."""
+def node(number: int, data: Path | str) -> str:
+    """What a site says of itself: which client it is, and where its data are, which stay there."""
+    return f'partition-id={number} data="{data}"'
+
+
+def doctor(made: Federation, number: int, data: Path | str) -> list[str]:
+    """The checks at a site, before its node is started."""
+    words = ["spryfl", "flower", "doctor", str(made.app), "--superlink", made.address, "--data", str(data)]
+    if made.tls is None:
+        return [*words, "--insecure"]
+    return [*words, "--root-certificates", str(made.tls / certs.CA), "--key", str(made.tls / f"node{number}")]
+
+
+def run(app: Path, connection: str, folder: str = "", clients: int = 0, resume: bool = False) -> list[str]:
+    """Starts the experiment.
+
+    Args:
+        app: the app folder.
+        connection: simulation or sites.
+        folder: the run folder; where the SuperLink was started, unless it is a full path. "": runs/<connection>.
+        clients: how many a simulation has.
+        resume: go on with that folder's run.
+    """
+    told = f'folder="{folder or f"runs/{connection}"}"' + (" resume=true" if resume else "")
     simulated = ["--federation-config", f"num-supernodes={clients} client-resources-num-cpus=1"] if clients else []
-    return ["flwr", "run", str(app), connection, "--stream", *simulated]
+    return ["flwr", "run", str(app), connection, "--stream", "--run-config", told, *simulated]
 
 
 def listing(connection: str) -> list[str]:
