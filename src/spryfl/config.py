@@ -20,7 +20,7 @@ from spryfl.adapters import ADAPTERS
 from spryfl.methods import METHODS, REGISTRIES, Method
 from spryfl.options import STRICT, nearest, resolve, spelled, title, told, typed
 from spryfl.partition import PARTITIONS
-from spryfl.sections import DataSection, ModelSection, PartitionSection, TrainSection
+from spryfl.sections import DataSection, FlowerSection, ModelSection, PartitionSection, TrainSection
 from spryfl.tasks import TASKS, Task
 from spryfl.tasks import build as build_task
 
@@ -53,6 +53,7 @@ class Experiment(BaseModel):
     adapter: dict[str, Any] = {"kind": _DEFAULT_ADAPTER}
     method: Method = Field(default_factory=lambda: _method({"name": _DEFAULT_METHOD}))
     train: TrainSection = TrainSection()
+    flower: FlowerSection = FlowerSection()
 
     @field_validator("schema_")
     @classmethod
@@ -216,6 +217,10 @@ def _consistent(experiment: Experiment) -> None:
         )
     if train.steps and train.epochs and "steps" in train.model_fields_set:
         raise ValueError(f"train.epochs = {train.epochs} has no effect with train.steps = {train.steps}. Remove one.")
+    if train.tries > 1 and not train.min_answers:
+        raise ValueError(
+            f"train.tries = {train.tries} has no effect without train.min_answers. Set that, or remove it."
+        )
     if train.keep_prefix and train.epochs == 1:
         raise ValueError("train.keep_prefix has no effect with one local epoch: no batch comes twice. Remove it.")
     if train.keep_prefix and train.dropout:

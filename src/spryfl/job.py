@@ -143,6 +143,7 @@ def prepare(experiment: Experiment, corpus: data.Corpus, model: Model, tokens: t
         patience=t.patience,
         limits=train.Limits(t.max_passes, t.max_megabytes, t.max_seconds),
         metric=model.task.metric,
+        quorum=train.Quorum(t.min_answers, t.tries, t.rest),
     )
     return Job(experiment, corpus, model, rows, test, parts, held, plan, steps)
 
@@ -265,9 +266,8 @@ def resume(job: Job, folder: Path) -> tuple[Journal, ServerState, Progress]:
     """The run in a folder, from its newest state; from the start if it was killed before the first."""
     opened = journal.open_folder(folder)
     begun = opened.state_file(journal.NEWEST).is_file()
-    state, progress = fresh = train.start(job.plan, job.model.params)
-    if begun:
-        state, progress = journal.load(opened)
+    fresh = train.start(job.plan, job.model.params)
+    state, progress = journal.load(opened) if begun else fresh
     same_data(opened, job)
     _same_values(opened, state, fresh[0])
     journal.rewind(opened, state.round if begun else -1)
@@ -275,14 +275,14 @@ def resume(job: Job, folder: Path) -> tuple[Journal, ServerState, Progress]:
 
 
 def run(
-    job: Job, opened: Journal | None, state: ServerState, progress: Progress
+    job: Job, opened: Journal | None, state: ServerState, progress: Progress, carry: train.Exchange | None = None
 ) -> Iterator[tuple[dict[str, Any], ServerState]]:
-    """The rounds that are left; at the end the adapter is written and the run is called complete."""
+    """The rounds that are left, in this process or by `carry`; then the adapter is written, the run called complete."""
     if opened and not train.unfinished(job.plan, state, progress) and journal.facts_of(opened)["state"] == "complete":
         return
-    final = state
+    final, carry = state, carry or exchange(job, state)
     note(opened, state="running")
-    for record, final in train.train(job.plan, state, progress, exchange(job, state), evaluate(job), opened):
+    for record, final in train.train(job.plan, state, progress, carry, evaluate(job), opened):
         yield record, final
     if opened:
         export(job, server.served(final), opened.folder / "adapter")

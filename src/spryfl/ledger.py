@@ -24,6 +24,10 @@ from spryfl.types import Instruction, Layout, Ledger, Params, Pool, Round, Serve
 Head = frozenset[str]
 
 
+class LostError(ValueError):
+    """A client does not hold what the server thinks it does."""
+
+
 class Held(NamedTuple):
     """What a client keeps between rounds: the values of one round, with a pool those of round 0."""
 
@@ -219,22 +223,28 @@ def restored(told: Instruction, held: Held | None, method: Built, head: Head) ->
     """(current values, what the client keeps) from an instruction and from what it kept before.
 
     Raises:
-        ValueError: the client holds older values than the server thinks.
+        LostError: the client holds older values than the server thinks, or none.
     """
     catch = told.catch_up
     if catch is None:
         return told.params, Held(told.round - 1, told.params)
     if catch.summed is not None and told.pool is not None:
         origin = {**(held.params if held else {}), **told.params}
+        if not set(told.names) <= set(origin):
+            raise _lost(told, "the values of round 0", "no values")
         return trace.rebuild(origin, catch.summed, catch.layout, told.pool), Held(0, origin)
     if held is None or held.round < catch.since:
         holds = "no values" if held is None else f"the values of round {held.round}"
-        raise ValueError(
-            f"client {told.client} was sent what it missed since round {catch.since}, but it holds {holds}. "
-            f"Its memory was lost: let it answer as failed, and the server will send the values."
-        )
+        raise _lost(told, f"those of round {catch.since}", holds)
     params: Params = held.params
     for one in catch.missed:
         if one.number > held.round:
             params, _, _ = advance(params, {}, one.shares, method, head)
     return params, Held(told.round - 1, params)
+
+
+def _lost(told: Instruction, expected: str, holds: str) -> LostError:
+    return LostError(
+        f"client {told.client} was sent in round {told.round} what makes current values from {expected}, but it holds "
+        f"{holds}. Its memory was lost: let it say so, and the server will send the values."
+    )

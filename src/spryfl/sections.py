@@ -1,4 +1,4 @@
-"""The sections of an experiment that hold plain settings: model, data, partition, training. Costs nothing."""
+"""The sections of an experiment that hold plain settings: model, data, partition, training, Flower. Costs nothing."""
 
 from __future__ import annotations
 
@@ -66,5 +66,17 @@ class TrainSection(BaseModel):
     max_megabytes: float = Field(0.0, ge=0)  # the same, up and down, 1e6 bytes
     max_seconds: float = Field(0.0, ge=0)  # the same, of rounds and evaluations
     drop_clients: float = Field(0.0, ge=0, lt=1)  # simulated share of clients that do not answer
+    min_answers: float = Field(0.0, ge=0, le=1)  # share of a cohort; with fewer the round is repeated with another one
+    tries: int = Field(1, ge=1)  # cohorts of a round at most, with min_answers
+    rest: int = Field(0, ge=0)  # rounds that a client is left out for once it failed twice running
     dropout: bool = False  # the model's own dropout layers while training
     keep_prefix: float = Field(0.0, ge=0)  # MB of hidden states kept over a client's local epochs; batches then stay
+
+
+class FlowerSection(BaseModel):
+    """What only a run over Flower needs; in this process it has no part to play."""
+
+    model_config = STRICT
+    deadline: float = Field(0.0, ge=0)  # seconds of a round's exchange; later answers are dropped. 0 = wait for all
+    wait: float = Field(120.0, gt=0)  # seconds to wait at the start for the nodes
+    nodes: int = Field(0, ge=0)  # to wait for; 0 = as many as the first one says, or one a client if they hold data

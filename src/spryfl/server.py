@@ -9,7 +9,7 @@ trainable values, and with exchange by scalars the clients' directions once more
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -192,6 +192,12 @@ def _seen(state: ServerState, reached: Iterable[Instruction], method: Built) -> 
     return state._replace(ledger=state.ledger._replace(seen={**state.ledger.seen, **now}))
 
 
+def forget(state: ServerState, clients: Collection[int]) -> ServerState:
+    """The state in which nothing is thought to be held by these clients: they are sent all values next."""
+    seen = {client: round_ for client, round_ in state.ledger.seen.items() if client not in clients}
+    return state._replace(ledger=state.ledger._replace(seen=seen))
+
+
 def _keeps(told: Instruction, method: Built) -> bool:
     return not method.seeds.pool or told.catch_up is not None or told.round == 1
 
@@ -218,8 +224,10 @@ def _unasked(update: Update, told: Instruction, values: Params) -> str:
     names, asked = set(update.params), set(told.names)
     if not names <= asked or (update.trace is None and names != asked):
         return "returns other names than it was told to train"
-    wrong = any(value.shape != values[name].shape for name, value in update.params.items())
-    return "returns other shapes than it was sent" if wrong else ""
+    if any(value.shape != values[name].shape for name, value in update.params.items()):
+        return "returns other shapes than it was sent"
+    wrong = any(value.dtype != values[name].dtype for name, value in update.params.items())
+    return "returns values of another type than it was sent" if wrong else ""
 
 
 def needed(units: Sequence[Unit], method: Built) -> list[Unit]:
