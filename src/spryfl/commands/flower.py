@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,13 @@ flower = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(flower, name="flower")
+
+
+@flower.callback()
+def _extra() -> None:
+    if importlib.util.find_spec("cryptography") is None:
+        raise ValueError('`spryfl flower` needs an extra that is not installed: pip install "spryfl[flower]"')
+
 
 Insecure = Annotated[bool, typer.Option("--insecure", help="Plain HTTP, no keys; on loopback alone.")]
 

@@ -36,11 +36,22 @@ def found(words: Sequence[str]) -> list[str]:
     return [str(beside) if beside.is_file() else words[0], *words[1:]]
 
 
+def environment(app: Path) -> dict[str, str]:
+    """This process's environment and Flower's; paths to packages hold in any folder."""
+    paths = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    own = {"PYTHONPATH": os.pathsep.join(paths)} if paths else {}
+    return {**os.environ, **own, **typed.environment(app)}
+
+
 def call(words: Sequence[str], app: Path, folder: Path, seconds: float = 1800.0) -> str:
     """Runs a command to its end in `folder`, and returns what it printed; a FailedError if its exit code is not 0."""
-    environment = {**os.environ, **typed.environment(folder / app)}
     with subprocess.Popen(
-        found(words), cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        found(words),
+        cwd=folder,
+        env=environment(folder / app),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     ) as one:
         try:
             said, _ = one.communicate(timeout=seconds)
@@ -74,7 +85,7 @@ def running(
         one = subprocess.Popen(
             found(words),
             cwd=folder,
-            env={**os.environ, **typed.environment(folder / app)},
+            env=environment(folder / app),
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
