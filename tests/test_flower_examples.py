@@ -68,9 +68,12 @@ def test_three_sites_through_tls_end_in_the_same_bits_and_a_stranger_is_turned_a
     said = run("tls.py", tmp_path)
     assert "runs/in-process and runs/sites ended in the same bits" in said
     assert "turned away: [code: 2004]" in said
-    sites = [(tmp_path / f"site{i}.csv").read_text().splitlines()[1:] for i in range(3)]
-    assert len({len(rows) for rows in sites}) == 3
-    server = [
-        row for name in ("train", "test") for row in (tmp_path / "server" / f"{name}.csv").read_text().splitlines()[1:]
-    ]
-    assert not {row for rows in sites for row in rows} & set(server)
+    sites = [rows(tmp_path / f"site{i}.csv") for i in range(3)]
+    assert len({len(own) for own in sites}) == 3
+    server = rows(tmp_path / "server" / "train.csv") | rows(tmp_path / "server" / "test.csv")
+    assert not set.union(*sites) & server
+
+
+def rows(path: Path) -> set[tuple[str, ...]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return {tuple(row[:2]) for row in csv.reader(file)} - {("text", "label")}
