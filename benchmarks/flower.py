@@ -6,8 +6,8 @@
 
 1, 10 and 100 local steps a message, a method that sends values and one that sends scalars; three clients, MiniLM with
 LoRA r = 1, rows of the embedded docstrings, batches of 8, one thread a client. Deployment is a SuperLink and three
-SuperNodes on this machine with TLS and node keys, each with a file of its own. Writes NAME.json and NAME.md, and the table
-into docs/flower.md.
+SuperNodes on this machine with TLS and node keys, each with a file of its own. Writes NAME.json and NAME.md, and the
+table into docs/flower.md.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import csv
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -56,10 +57,8 @@ def prepare(where: Path) -> None:
     sites = [parts[0] + parts[1] + parts[2], parts[3] + parts[4], parts[5]]
     rows = [[(corpus.train.text[i], names[corpus.train.label[i]], f"site{k}") for i in s] for k, s in enumerate(sites)]
     write(where / "all" / "train.csv", [row for site in rows for row in site])
-    write(
-        where / "all" / "test.csv",
-        [(t, names[i], "") for t, i in zip(corpus.test.text, corpus.test.label, strict=True)],
-    )
+    test = zip(corpus.test.text, corpus.test.label, strict=True)
+    write(where / "all" / "test.csv", [(text, names[label], "") for text, label in test])
     for k, site in enumerate(rows):
         write(where / f"site{k}.csv", site)
 
@@ -112,7 +111,7 @@ def deployed(where: Path, made: typed.Federation) -> Iterator[None]:
 def measured(path: Path) -> dict[str, float]:
     """The medians over a run's rounds, without the first and without those that are evaluated."""
     records = [json.loads(line) for line in (path / "records.jsonl").read_text(encoding="utf-8").splitlines()]
-    pairs = [(a, b) for a, b in zip(records, records[1:], strict=False) if b["round"] > 1 and "test_loss" not in b]
+    pairs = [(a, b) for a, b in itertools.pairwise(records) if b["round"] > 1 and "test_loss" not in b]
     out = {
         "seconds": statistics.median(b["seconds"] - a["seconds"] for a, b in pairs),
         "down": statistics.median(b["bytes_down"] - a["bytes_down"] for a, b in pairs),
@@ -127,19 +126,8 @@ def measured(path: Path) -> dict[str, float]:
 
 
 def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
-    head = (
-        "engine",
-        "steps",
-        "s a round",
-        "start",
-        "import",
-        "load",
-        "steps, s",
-        "kB down",
-        "kB up",
-        "Flower: down",
-        "up",
-    )
+    head = ("engine", "steps", "s a round", *PARTS[:3], "steps, s", "kB down", "kB up", "Flower: down", "up")
+    keys = ("down", "up", "flower_down", "flower_up")
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for which in METHODS:
         lines.append(f"| **{which}** |" + " |" * (len(head) - 1))
@@ -147,16 +135,15 @@ def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
             for steps in STEPS:
                 one = results[engine][f"{which}-{steps}".replace(", ", "-")]
                 parts = [f"{one[part]:.2f}" if part in one else "" for part in PARTS]
-                sizes = [
-                    f"{one[key] / 1e3:.1f}" if key in one else "" for key in ("down", "up", "flower_down", "flower_up")
-                ]
+                sizes = [f"{one[key] / 1e3:.1f}" if key in one else "" for key in keys]
                 lines.append(f"| {engine} | {steps} | {one['seconds']:.2f} | " + " | ".join(parts + sizes) + " |")
     return "\n".join(lines)
 
 
 def facts(rounds: int) -> dict[str, Any]:
-    with contextlib.suppress(OSError):
-        models = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text(encoding="utf-8").splitlines() if about.is_file() else []
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     names = ("torch", "transformers", "peft", "flwr", "ray")
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
@@ -193,9 +180,12 @@ def main() -> None:
     text = given.page.read_text(encoding="utf-8")
     head, _, rest = text.partition(MARKS[0])
     tail = rest.partition(MARKS[1])[2]
-    given.page.write_text(
-        f"{head}{MARKS[0]}\n{machine(report)}\n\n{table(results)}\n{MARKS[1]}{tail}", encoding="utf-8"
-    )
+    new = f"{MARKS[0]}
+{machine(report)}
+
+{table(results)}
+{MARKS[1]}"
+    given.page.write_text(head + new + tail, encoding="utf-8")
     print(table(results))
 
 
