@@ -180,11 +180,7 @@ def main() -> None:
     text = given.page.read_text(encoding="utf-8")
     head, _, rest = text.partition(MARKS[0])
     tail = rest.partition(MARKS[1])[2]
-    new = f"{MARKS[0]}
-{machine(report)}
-
-{table(results)}
-{MARKS[1]}"
+    new = f"{MARKS[0]}\n{machine(report)}\n\n{table(results)}\n{MARKS[1]}"
     given.page.write_text(head + new + tail, encoding="utf-8")
     print(table(results))
 

@@ -34,7 +34,7 @@ def main(folder: str, data: str = "docstrings") -> None:
             started.enter_context(processes.running(words, app, where, processes.answers(port + 2 + i)))
         stranger = typed.supernode(made, SITES, typed.node(SITES, files[0]), port + 2 + SITES)
         try:
-            processes.call([*stranger, "--max-retries", "1"], app, where, seconds=60)
+            processes.call([*stranger, "--max-retries", "1"], app, where, seconds=300)
         except processes.FailedError as error:
             print("turned away:", next(line for line in str(error).splitlines() if "[code:" in line))
         else:
