@@ -20,12 +20,13 @@ RANKS: list[list[str]] = [
     ["types"],
     ["tree", "noise", "wire", "jvp", "hub"],
     ["data"],
-    ["estimators", "assign", "optimizers", "aggregate", "partition", "adapters", "tasks"],
-    ["hooks", "choices", "trace", "options"],
+    ["estimators", "assign", "optimizers", "aggregate", "partition", "adapters", "tasks", "backbone"],
+    ["classes"],
+    ["hooks", "choices", "trace", "options", "provenance"],
     ["layout", "ledger", "methods", "sections"],
-    ["loss", "costs"],
+    ["loss", "costs", "opened"],
     ["models", "config", "journal"],
-    ["client", "server"],
+    ["client", "server", "packing", "footprint"],
     ["train"],
     ["engines", "testing"],
     ["job"],
@@ -38,10 +39,13 @@ RANKS: list[list[str]] = [
     ["cli"],
 ]
 # A folder is one place: files import each other downwards.
-PACKAGES = ("costs", "jvp", "data", "estimators", "engines", "tasks", "adapters", "flower", "commands", "sites")
+PACKAGES = (
+    *("costs", "jvp", "backbone", "data", "estimators", "engines", "tasks", "adapters", "footprint"),
+    *("flower", "sites", "commands"),
+)
 HUGGING_FACE = {"transformers", "peft", "datasets", "tokenizers", "accelerate"}
 MAY_USE = {
-    "transformers": {"adapters", "layout", "models"},
+    "transformers": {"adapters", "layout", "opened", "models", "packing"},
     "peft": {"adapters"},
     "datasets": {"data"},
     "matplotlib": {"pictures"},
@@ -50,6 +54,7 @@ MAY_USE = {
     "pydantic": {"config", "options", "sections"},
     "flwr": {"flower"},
     "cryptography": {"sites"},
+    "bitsandbytes": {"backbone"},
 }
 
 

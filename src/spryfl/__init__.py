@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from spryfl.api import finetune
     from spryfl.config import Experiment
-    from spryfl.methods import Method
+    from spryfl.methods import ClientClass, Method
 
 __version__ = "0.1.0"
-__all__ = ["Experiment", "Method", "finetune"]
+__all__ = ["ClientClass", "Experiment", "Method", "finetune"]
 
-_HOME = {"finetune": "api", "Experiment": "config", "Method": "methods"}
+_HOME = {"finetune": "api", "Experiment": "config", "Method": "methods", "ClientClass": "methods"}
 _MODULES = ("adapters", "assign", "estimators", "jvp", "methods", "noise", "optimizers", "tasks", "testing")
 
 

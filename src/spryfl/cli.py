@@ -18,6 +18,7 @@ GROUPS = (
     "training",
     "tables",
     "answers",
+    "packing",
     "flower",
 )
 for _group in GROUPS:

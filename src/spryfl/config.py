@@ -17,7 +17,8 @@ from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_va
 
 from spryfl import methods
 from spryfl.adapters import ADAPTERS
-from spryfl.methods import METHODS, REGISTRIES, Method
+from spryfl.backbone.store import check_streamed
+from spryfl.methods import METHODS, REGISTRIES, ClientClass, Method
 from spryfl.options import STRICT, nearest, resolve, spelled, title, told, typed
 from spryfl.partition import PARTITIONS
 from spryfl.sections import DataSection, FlowerSection, ModelSection, PartitionSection, TrainSection
@@ -119,6 +120,9 @@ class Experiment(BaseModel):
         out["task"], out["adapter"] = _named(self.task), _named(self.adapter)
         out["partition"]["split"] = _named(self.partition.split)
         out["method"] = {key: _named(value) for key, value in asdict(self.method).items() if key not in _PROSE}
+        out["method"].pop("classes")
+        if self.method.classes:
+            out["method"]["classes"] = [_said(one) for one in self.method.classes]
         return out
 
     def toml(self) -> str:
@@ -174,6 +178,13 @@ def _named(value: Any) -> Any:
     return {**value, "kind": f"{kind.__module__}.{title(kind)}"} if callable(kind) else value
 
 
+def _said(one: ClientClass) -> dict[str, Any]:
+    """A class of clients as plain values, without what it leaves open."""
+    usual = vars(ClientClass(""))
+    shown = {key: list(value) if isinstance(value, tuple) else _named(value) for key, value in vars(one).items()}
+    return {key: value for key, value in shown.items() if vars(one)[key] != usual[key]}
+
+
 def _method(given: Mapping[str, Any]) -> Method:
     """A row of the table with changes; a choice keeps the row's options unless it is given another kind.
 
@@ -202,24 +213,64 @@ def _resolved(given: Mapping[str, Any]) -> Method:
     """A method whose choices have all their options, checked and built once."""
     choices: Any = {what: resolve(f"method.{what}", registry, given[what]) for what, registry in REGISTRIES.items()}
     types = get_type_hints(Method)
-    plain = {key: value for key, value in given.items() if key not in REGISTRIES}
-    made = Method(**typed({key: (types[key], ...) for key in plain}, plain, "method"), **choices)
+    plain = {key: value for key, value in given.items() if key not in (*REGISTRIES, "classes")}
+    classes = _classes(given["classes"], {**plain, **choices})
+    made = Method(**typed({key: (types[key], ...) for key in plain}, plain, "method"), **choices, classes=classes)
     methods.build(made)
     return made
+
+
+def _classes(given: Any, method: Mapping[str, Any]) -> tuple[ClientClass, ...]:
+    """Classes of clients, each with all options of its own choices; of one kind with the method's it keeps those."""
+    if not isinstance(given, list | tuple):
+        raise ValueError(f"method.classes = {given!r}: give a list of sections, [[method.classes]].")
+    types, usual, out = get_type_hints(ClientClass), vars(ClientClass("")), []
+    fields: Any = {key: (types[key], usual[key]) for key in usual if key not in REGISTRIES}
+    for number, one in enumerate(given, 1):
+        section = vars(one) if isinstance(one, ClientClass) else one
+        if not isinstance(section, Mapping):
+            raise ValueError(f"method.classes: {section!r} is no section. Give [[method.classes]] with a name.")
+        where = f"method.classes ({section.get('name') or number})"
+        plain = {key: value for key, value in section.items() if key not in REGISTRIES or key not in usual}
+        own = {
+            what: _own(what, section[what], method, where) for what in REGISTRIES if what in usual and what in section
+        }
+        out.append(ClientClass(**{**usual, **typed(fields, plain, where), **own}))
+    return tuple(out)
+
+
+def _own(what: str, given: Any, method: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A choice of one class of clients; empty where it is the method's."""
+    changed = _changed(method[what], spelled(what, given))
+    return resolve(f"{where}.{what}", REGISTRIES[what], changed) if given else {}
 
 
 def _consistent(experiment: Experiment) -> None:
     """What two settings together must not be."""
     train, clients = experiment.train, experiment.partition.clients
+    if experiment.model.stream:
+        check_streamed(experiment.model.name)
+    methods.check_members(experiment.method.classes, clients)
     if train.cohort > clients and "cohort" in train.model_fields_set:
         raise ValueError(
             f"train.cohort = {train.cohort} clients a round, but partition.clients = {clients}. Lower the cohort."
+        )
+    there = len(methods.present(experiment.method.classes, clients))
+    if train.cohort > there and "cohort" in train.model_fields_set:
+        raise ValueError(
+            f"train.cohort = {train.cohort} clients a round, but of {clients} clients {there} are not absent. "
+            f"Lower the cohort."
         )
     if train.steps and train.epochs and "steps" in train.model_fields_set:
         raise ValueError(f"train.epochs = {train.epochs} has no effect with train.steps = {train.steps}. Remove one.")
     if train.tries > 1 and not train.min_answers:
         raise ValueError(
             f"train.tries = {train.tries} has no effect without train.min_answers. Set that, or remove it."
+        )
+    if train.micro_batch > train.batch_size:
+        raise ValueError(
+            f"train.micro_batch = {train.micro_batch} rows at once, of train.batch_size = {train.batch_size}. Lower "
+            f"it, or 0 for whole batches."
         )
     if train.keep_prefix and train.epochs == 1:
         raise ValueError("train.keep_prefix has no effect with one local epoch: no batch comes twice. Remove it.")
@@ -260,7 +311,8 @@ def _fitting(experiment: Experiment, task: Task, split: Mapping[str, Any]) -> No
 def _settled(experiment: Experiment) -> TrainSection:
     """The rounds, with what follows from other settings: epochs take the place of steps, few clients make a cohort."""
     train, given = experiment.train, experiment.train.model_fields_set
-    cohort = train.cohort if "cohort" in given else min(train.cohort, experiment.partition.clients)
+    there = len(methods.present(experiment.method.classes, experiment.partition.clients))
+    cohort = train.cohort if "cohort" in given else min(train.cohort, there)
     steps = 0 if train.epochs else train.steps
     if experiment.method.local_optimizer["kind"] == "none" and "steps" not in given:
         steps = 0 if train.epochs else 1  # a gradient a round, unless more batches are asked for

@@ -52,7 +52,8 @@ def shares(
 def _share(told: Instruction, update: Update, names: Sequence[str]) -> Share:
     place = {name: i for i, name in enumerate(names)}
     mine = () if tuple(told.names) == tuple(names) else tuple(place[name] for name in told.names)
-    return Share(told.seed, mine, told.lr_scale, update.examples, update.params, update.trace, told.pool)
+    share = Share(told.seed, mine, told.lr_scale, update.examples, update.params, update.trace, told.pool)
+    return share._replace(noise=update.noise)
 
 
 def _linear(method: Built) -> bool:
@@ -85,11 +86,18 @@ def advance(
     if not moved:
         return dict(params), optimizer, {}
     results = [_result(share, params, method, head) for share in moved]
-    whole = results[0] if moved[0].merged else method.aggregate(results, [share.weight for share in moved])
+    more = {"noise": [_noise(share, list(params)) for share in moved]} if method.by_noise else {}
+    whole = results[0] if moved[0].merged else method.aggregate(results, [share.weight for share in moved], **more)
     grads = whole if method.local is None else {name: params[name] - value for name, value in whole.items()}
     scale = moved[0].lr_scale if method.local is None else 1.0
     new, state = method.server.step(params, grads, optimizer, scale)
     return new, state, dict(grads)
+
+
+def _noise(share: Share, names: Sequence[str]) -> dict[str, float]:
+    """The relative variance of a share's estimate by name."""
+    own = [names[i] for i in share.names] or names
+    return dict(zip(own, share.noise, strict=True)) if share.noise else {}
 
 
 def _result(share: Share, params: Params, method: Built, head: Head) -> Params:

@@ -18,6 +18,7 @@ class ModelSection(BaseModel):
     attention: Literal["default", "eager", "sdpa"] = "default"
     trust_remote_code: bool = False
     adapter: str = ""  # folder of a saved adapter to start from
+    stream: bool = False  # of a packed folder one block in memory at a time, the next read ahead
 
 
 class DataSection(BaseModel):
@@ -58,6 +59,7 @@ class TrainSection(BaseModel):
     rounds: int = Field(24, ge=1)
     cohort: int = Field(8, ge=1)  # clients a round
     batch_size: int = Field(8, ge=1)
+    micro_batch: int = Field(0, ge=0)  # rows in memory at once, also in scoring; 0 = whole batches
     epochs: int = Field(0, ge=0)  # local passes over a client's rows, instead of steps
     steps: int = Field(10, ge=0)  # local batches a round
     eval_every: int = Field(6, ge=1)  # rounds

@@ -9,6 +9,7 @@ trainable values, and with exchange by scalars the clients' directions once more
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -53,6 +54,7 @@ def begin(
     """An instruction for each client of the cohort: its units, the head unless it is split, all current values."""
     round_ = state.round + 1
     dealt = deal(units, cohort, method, round_)
+    rate = {one.name: one.lr for one in method.groups}
     sent = tuple(name for unit in needed(units, method) for name in unit.params)
     pool = _pool(state, method, seed)
     told = [
@@ -62,11 +64,12 @@ def begin(
             seed=noise.child_seed(seed, "round", round_, *(() if method.seeds.shared else ("client", client))),
             names=tuple(name for unit in mine for name in unit.params),
             params=tree.select(personal(state.params, client, method), sent),
-            lr_scale=lr_scale,
+            lr_scale=lr_scale * rate[method.member(client)],
             evaluate=evaluate,
             guide={name: value for name, value in state.guide.items() if name in sent},
             pool=pool,
             fingerprint=trace.fingerprint() if method.scalars else "",
+            client_class=method.member(client),
         )
         for client, mine in dealt.items()
         if mine
@@ -109,10 +112,17 @@ def _by_sums(whole: Instruction, state: ServerState) -> Instruction:
 
 
 def deal(units: Sequence[Unit], cohort: Sequence[int], method: Built, round_: int) -> dict[int, tuple[Unit, ...]]:
-    """Each client's units of this round; a head that is not split goes to all."""
+    """Each client's units of this round, dealt class by class; a head that is not split goes to all."""
     whole = () if method.split_head else tuple(unit for unit in units if unit.head)
     split = [unit for unit in units if unit not in whole]
-    return {client: mine + whole for client, mine in method.assign(split, cohort, round_).items()}
+    out: dict[int, tuple[Unit, ...]] = {}
+    owners: Counter[Unit] = Counter()
+    for group in method.groups:
+        own = [client for client in cohort if method.member(client) == group.name]
+        dealt = assign.dealt(group.assign, split, own, round_, owners) if own else {}
+        owners.update(unit for mine in dealt.values() for unit in mine)
+        out |= dealt
+    return {client: out[client] + whole for client in cohort if client in out}
 
 
 def personal(params: Params, client: int, method: Built) -> Params:
@@ -214,6 +224,8 @@ def objection(update: Update, told: Instruction | None, values: Params) -> str:
         return f"claims {update.examples} examples"
     if not (math.isfinite(update.loss) and tree.is_finite(update.params)):
         return "returns values that are not finite"
+    if update.noise and not (len(update.noise) == len(told.names) and all(0 <= v < math.inf for v in update.noise)):
+        return "claims variances that are not one of each of its values, 0 or more"
     return _unasked(update, told, values) or (
         trace.objection(update.trace, told.names, update.params) if update.trace else ""
     )
@@ -232,7 +244,7 @@ def _unasked(update: Update, told: Instruction, values: Params) -> str:
 
 def needed(units: Sequence[Unit], method: Built) -> list[Unit]:
     """Units that must travel: all, unless only the head ever moves; the rest then is as the model starts."""
-    return [unit for unit in units if unit.head or method.assign is not assign.no_unit]
+    return [unit for unit in units if unit.head or method.moves]
 
 
 def _own(client: int, name: str) -> str:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from spryfl import costs, noise, server
 from spryfl import journal as disk
 from spryfl.choices import Built, Method, build
+from spryfl.classes import REST
 from spryfl.journal import Journal, Progress
 from spryfl.types import Instruction, Params, Passes, Scalars, ServerState, Unit, Update
 
@@ -81,7 +82,8 @@ Exchange = Callable[[Sequence[Instruction]], Answers]
 Evaluate = Callable[[Params], dict[str, float]]  # values -> numbers by name on the untouched test rows
 Record = dict[str, Any]
 
-TIMED = ("seconds", "peak_bytes", "engine")  # the fields of a record that may differ between two equal runs
+# The fields of a record that may differ between two equal runs.
+TIMED = ("seconds", "peak_bytes", "class_peak_bytes", "engine")
 
 
 def cohort(plan: Plan, round_: int, attempt: int = 0, resting: Collection[int] = ()) -> list[int]:
@@ -89,7 +91,8 @@ def cohort(plan: Plan, round_: int, attempt: int = 0, resting: Collection[int] =
 
     Another attempt draws anew. Those that rest are left out, unless nobody else is there.
     """
-    awake = [i for i in range(plan.clients) if i not in resting] or range(plan.clients)
+    there = plan.method.present(plan.clients)
+    awake = [i for i in there if i not in resting] or there
     draw = random.Random(noise.child_seed(plan.seed, "cohort", round_, *(("attempt", attempt) if attempt else ())))
     return draw.sample(awake, min(plan.cohort, len(awake)))
 
@@ -106,7 +109,8 @@ def predicted(method: Method, shapes: costs.Shapes, clients: int, cohort_: int, 
     """
     if method.sharing == "pooled":
         clients, cohort_, steps = 1, 1, steps * cohort_
-    built, settle = build(method), 10 * -(-clients // cohort_)
+    built = build(method)
+    settle = 10 * -(-len(built.present(clients)) // cohort_)
     plan = Plan(built, shapes.units, 0, settle, clients, cohort_, eval_every=1, patience=0)
     rounds = [server.deal(shapes.units, cohort(plan, r), built, r) for r in range(1, settle + 1)]
     return costs.predict(method, built, shapes, rounds, steps)
@@ -210,6 +214,7 @@ def one_round(
         **_scalars(kept),
         "peak_bytes": max((u.peak_bytes for u in kept), default=0),
         **_engine(tried),
+        **_classes(plan.method, told, kept),
         **_totals(progress),
     }
     return record, state, progress
@@ -356,6 +361,25 @@ def _scalars(updates: Sequence[Update]) -> Record:
         "scalar_rms": math.sqrt(whole.squares / kept) if kept else None,
         "scalar_max": whole.largest,
     }
+
+
+def _classes(method: Built, told: Sequence[Instruction], updates: Sequence[Update]) -> Record:
+    """Of each class of clients: how many were asked and answered, their loss, their passes, the most memory of one."""
+    if not method.classes:
+        return {}
+    told_of = {one.client: one.client_class or REST for one in told}
+    out: dict[str, Record] = {}
+    peaks: dict[str, int] = {}
+    for name in (one.name or REST for one in method.classes):
+        own = [update for update in updates if told_of[update.client] == name]
+        out[name] = {
+            "asked": list(told_of.values()).count(name),
+            "answered": len(own),
+            "loss": _mean([(u.loss, u.examples) for u in own]),
+            "passes": sum(sum(u.passes) for u in own),
+        }
+        peaks[name] = max((u.peak_bytes for u in own), default=0)
+    return {"classes": out, "class_peak_bytes": peaks}
 
 
 def head(plan: Plan) -> frozenset[str]:

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class _Storages(TorchDispatchMode):
+class Storages(TorchDispatchMode):
     """Counts the bytes of storages that appear while it is on, and their disappearance."""
 
     def __init__(self) -> None:
@@ -28,11 +28,14 @@ class _Storages(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         known = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        out = func(*args, **(kwargs or {}))
+        out = self._run(func, args, kwargs or {})
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in known:
                 self._add(leaf.untyped_storage())
         return out
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        return func(*args, **kwargs)
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
@@ -54,5 +57,5 @@ def peak_memory(device: torch.device | str = "cpu") -> Iterator[Callable[[], int
         start = torch.cuda.memory_allocated(device)
         yield lambda: torch.cuda.max_memory_allocated(device) - start
         return
-    with _Storages() as storages:
+    with Storages() as storages:
         yield lambda: storages.peak
