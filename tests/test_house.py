@@ -20,7 +20,7 @@ RANKS: list[list[str]] = [
     ["types"],
     ["tree", "noise", "wire", "jvp", "hub"],
     ["data"],
-    ["estimators", "assign", "optimizers", "aggregate", "partition", "adapters", "tasks", "backbone"],
+    ["estimators", "assign", "optimizers", "aggregate", "privacy", "partition", "adapters", "tasks", "backbone"],
     ["classes"],
     ["hooks", "choices", "trace", "options", "provenance"],
     ["layout", "ledger", "methods", "sections"],

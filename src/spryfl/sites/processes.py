@@ -14,10 +14,11 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from spryfl.sites import typed
 
@@ -44,23 +45,27 @@ def environment(app: Path) -> dict[str, str]:
 
 
 def call(words: Sequence[str], app: Path, folder: Path, seconds: float = 1800.0) -> str:
-    """Runs a command to its end in `folder`, and returns what it printed; a FailedError if its exit code is not 0."""
-    with subprocess.Popen(
-        found(words),
-        cwd=folder,
-        env=environment(folder / app),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as one:
+    """Runs a command to its end in `folder`, and returns what it printed; a FailedError if its exit code is not 0.
+
+    What it started and left behind is ended too: a node that is turned away leaves such a process.
+    """
+    with tempfile.TemporaryFile() as file:
+        one = _started(words, app, folder, file)
         try:
-            said, _ = one.communicate(timeout=seconds)
-        except BaseException:
-            one.kill()
-            raise
+            one.wait(seconds)
+        finally:
+            end(one)
+        file.seek(0)
+        said = file.read().decode(errors="replace")
     if one.returncode:
         raise FailedError(f"{typed.line(words)}\nended with {one.returncode}:\n{said}")
     return said
+
+
+def _started(words: Sequence[str], app: Path, folder: Path, out: IO[bytes]) -> subprocess.Popen[bytes]:
+    """A process in a group of its own: its id is the group's."""
+    options: dict[str, Any] = {"stdout": out, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
+    return subprocess.Popen(found(words), cwd=folder, env=environment(folder / app), start_new_session=True, **options)
 
 
 @contextlib.contextmanager
@@ -82,14 +87,7 @@ def running(
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f"{words[0]}.log.part-{time.monotonic_ns()}"
     with open(part, "wb") as file:
-        one = subprocess.Popen(
-            found(words),
-            cwd=folder,
-            env=environment(folder / app),
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        one = _started(words, app, folder, file)
     log = part.rename(folder / f"{words[0]}-{one.pid}.log")
     try:
         until = time.monotonic() + seconds
