@@ -7,13 +7,15 @@ import csv
 import re
 import shlex
 import shutil
+import textwrap
+import tomllib
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from conftest import sentences
 
-from spryfl.config import Experiment
+from spryfl.config import Experiment, parse
 from spryfl.sites import folder, processes, typed
 
 PAGE = Path(__file__).parents[1] / "docs" / "flower.md"
@@ -38,7 +40,8 @@ def blocks() -> list[Block]:
 
 
 def experiment() -> str:
-    [text] = re.findall(r"```toml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    text, private = re.findall(r"```toml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    parse(tomllib.loads(textwrap.dedent(private)))  # a setting of its own, beside the file
     return text
 
 

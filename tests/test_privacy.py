@@ -9,7 +9,7 @@ import dp_accounting as dp
 import pytest
 import torch
 
-from spryfl import api, journal, privacy, wire
+from spryfl import api, journal, privacy, report, wire
 from spryfl.config import Experiment, parse
 from spryfl.privacy import Privacy
 
@@ -163,6 +163,8 @@ def test_a_private_run_tells_its_epsilon_and_nothing_of_single_answers(method, t
         assert not {key for key in record if key.startswith(("personal", "scalar", "variance"))}
     state, _ = journal.load(journal.open_folder(tmp_path / "run"))
     assert state.key == 7
+    head, [line] = report.rows([report.read(tmp_path / "run")])
+    assert line[head.index("epsilon")] == f"{spent[-1]:.2f}"
 
 
 def test_what_moves_the_values_is_the_clipped_noisy_mean(tiny, reviews):
