@@ -28,10 +28,10 @@ def main(folder: str, data: str = "docstrings") -> None:
     call("spryfl", "flower", "certs", str(made.tls), "--nodes", str(SITES + 1), "--host", made.host)
     with contextlib.ExitStack() as started:
         started.enter_context(processes.running(typed.superlink(made), app, where, processes.answers(port)))
-        for i, (file, words) in enumerate(zip(files, nodes, strict=True)):
+        for i, words in enumerate(nodes):
             call(*typed.register(made, i))
-            call(*typed.doctor(made, i, file))
             started.enter_context(processes.running(words, app, where, processes.answers(port + 2 + i)))
+        call(*typed.doctor(made, 0, files[0]))  # as site 0 would ask before it starts
         stranger = typed.supernode(made, SITES, typed.node(SITES, files[0]), port + 2 + SITES)
         try:
             processes.call([*stranger, "--max-retries", "1"], app, where, seconds=300)
