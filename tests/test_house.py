@@ -20,7 +20,7 @@ RANKS: list[list[str]] = [
     ["types"],
     ["tree", "noise", "wire", "jvp", "hub"],
     ["data"],
-    ["estimators", "assign", "optimizers", "aggregate", "partition", "adapters", "tasks", "backbone"],
+    ["estimators", "assign", "optimizers", "aggregate", "privacy", "partition", "adapters", "tasks", "backbone"],
     ["classes", "seeds"],
     ["hooks", "choices", "trace", "options", "provenance", "firstbatch"],
     ["layout", "ledger", "methods", "sections"],
@@ -35,11 +35,15 @@ RANKS: list[list[str]] = [
     ["flower"],
     ["pictures"],
     ["compare"],
+    ["sites"],
     ["commands"],
     ["cli"],
 ]
 # A folder is one place: files import each other downwards.
-PACKAGES = ("costs", "jvp", "backbone", "data", "estimators", "engines", "tasks", "adapters", "commands", "footprint", "flower")
+PACKAGES = (
+    *("costs", "jvp", "backbone", "data", "estimators", "engines", "tasks", "adapters", "footprint"),
+    *("flower", "sites", "commands"),
+)
 HUGGING_FACE = {"transformers", "peft", "datasets", "tokenizers", "accelerate"}
 MAY_USE = {
     "transformers": {"adapters", "layout", "opened", "models", "packing", "named"},
@@ -50,6 +54,7 @@ MAY_USE = {
     "typer": {"commands"},
     "pydantic": {"config", "options", "sections"},
     "flwr": {"flower"},
+    "cryptography": {"sites"},
     "bitsandbytes": {"backbone"},
 }
 

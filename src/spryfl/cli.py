@@ -20,6 +20,7 @@ GROUPS = (
     "answers",
     "profiling",
     "packing",
+    "flower",
 )
 for _group in GROUPS:
     importlib.import_module(f"spryfl.commands.{_group}")

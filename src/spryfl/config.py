@@ -22,7 +22,7 @@ from spryfl.classes import asked as asked_class
 from spryfl.methods import METHODS, REGISTRIES, ClientClass, Method
 from spryfl.options import STRICT, nearest, resolve, spelled, title, told, typed
 from spryfl.partition import PARTITIONS
-from spryfl.sections import DataSection, FlowerSection, ModelSection, PartitionSection, TrainSection
+from spryfl.sections import DataSection, FlowerSection, ModelSection, PartitionSection, PrivacySection, TrainSection
 from spryfl.tasks import TASKS, Task
 from spryfl.tasks import build as build_task
 
@@ -56,6 +56,7 @@ class Experiment(BaseModel):
     method: Method = Field(default_factory=lambda: _method({"name": _DEFAULT_METHOD}))
     train: TrainSection = TrainSection()
     flower: FlowerSection = FlowerSection()
+    privacy: PrivacySection = PrivacySection()
 
     @field_validator("schema_")
     @classmethod
@@ -94,6 +95,7 @@ class Experiment(BaseModel):
         split = resolve("partition.split", PARTITIONS, self.partition.split or _usual_split(self.data, made))
         _consistent(self)
         _fitting(self, made, split)
+        _private(self)
         train = _settled(self)
         if self.method.gate and train.steps == 1:
             raise ValueError(
@@ -295,6 +297,29 @@ def _consistent(experiment: Experiment) -> None:
         raise ValueError('method.head = "split" with assignment "nobody" leaves nothing to train. Use head = "shared".')
     if experiment.data.test and experiment.data.test_share != DataSection.model_fields["test_share"].default:
         raise ValueError("data.test_share has no effect with data.test (a file of test rows). Remove one.")
+
+
+def _private(experiment: Experiment) -> None:
+    """What a promise of privacy asks of the rest: nothing may depend on single answers but their noisy sum."""
+    method, train, given = experiment.method, experiment.train, experiment.privacy
+    if not given.clip:
+        if given != PrivacySection():
+            raise ValueError("[privacy] has no effect without privacy.clip. Set it, or remove the section.")
+        return
+    for wrong, what in (
+        (method.aggregate["kind"] != "mean", f'method.aggregate = "{method.aggregate["kind"]}": use "mean"'),
+        (method.sharing != "federated", f'method.sharing = "{method.sharing}": use "federated"'),
+        (method.gate > 0, f"method.gate = {method.gate}: it chooses by the answers; use 0"),
+        (method.seeds["kind"] == "pool", 'method.seeds = "pool": use "own" or "shared"'),
+        (
+            method.exchange == "scalars" and (method.seeds["kind"] != "shared" or train.epochs),
+            'method.exchange = "scalars" sends single answers on to others: use seeds "shared" with train.steps, where '
+            'their sum is sent, or exchange "weights"',
+        ),
+        (train.rest > 0 or train.tries > 1, "train.rest and train.tries choose clients by what they did: use 0 and 1"),
+    ):
+        if wrong:
+            raise ValueError(f"privacy.clip = {given.clip} promises that only the noisy sum counts, but {what}.")
 
 
 def _usual_split(data: DataSection, task: Task) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from spryfl.config import Experiment
 from spryfl.engines.simulate import simulation
 from spryfl.journal import Journal, Progress
 from spryfl.models import Model
+from spryfl.privacy import Privacy
 from spryfl.tasks import Rows
 from spryfl.types import Batch, Params, ServerState
 
@@ -144,6 +145,7 @@ def prepare(experiment: Experiment, corpus: data.Corpus, model: Model, tokens: t
         limits=train.Limits(t.max_passes, t.max_megabytes, t.max_seconds),
         metric=model.task.metric,
         quorum=train.Quorum(t.min_answers, t.tries, t.rest),
+        promised=Privacy(**experiment.privacy.model_dump()) if experiment.privacy.clip else None,
     )
     return Job(experiment, corpus, model, rows, test, parts, held, plan, steps, _streamed(experiment, corpus))
 

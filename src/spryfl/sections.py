@@ -75,6 +75,16 @@ class TrainSection(BaseModel):
     keep_prefix: float = Field(0.0, ge=0)  # MB of hidden states kept over a client's local epochs; batches then stay
 
 
+class PrivacySection(BaseModel):
+    """Differential privacy of the values, a client's data being what neighbours differ in; off without a clip."""
+
+    model_config = STRICT
+    clip: float = Field(0.0, ge=0, allow_inf_nan=False)  # largest norm of a client's answer; 0 = no promise
+    noise: float = Field(1.0, ge=0, allow_inf_nan=False)  # standard deviation on the sum of answers, in units of clip
+    delta: float = Field(1e-5, gt=0, lt=1)  # the chance that the promise of epsilon fails
+    key: int = Field(0, ge=0, lt=2**62)  # of the noise; 0 = drawn by the server. Another can be repeated, is no secret
+
+
 class FlowerSection(BaseModel):
     """What only a run over Flower needs; in this process it has no part to play."""
 

@@ -19,6 +19,7 @@ from spryfl import journal as disk
 from spryfl.choices import Built, Method, build
 from spryfl.classes import REST
 from spryfl.journal import Journal, Progress
+from spryfl.privacy import Privacy, drawn_key, epsilon
 from spryfl.types import Instruction, Params, Passes, Scalars, ServerState, Unit, Update
 
 
@@ -63,6 +64,7 @@ class Plan(NamedTuple):
     limits: Limits = Limits()
     metric: str = "accuracy"  # the name of the number by which models are compared; more is better
     quorum: Quorum = Quorum()
+    promised: Privacy | None = None
 
 
 class Tried(NamedTuple):
@@ -123,7 +125,7 @@ def lost(seed: int, share: float) -> Callable[[int, int], bool]:
 
 def start(plan: Plan, params: Params) -> tuple[ServerState, Progress]:
     """Before the first round."""
-    return server.init(params, plan.method, plan.clients), Progress()
+    return server.init(params, plan.method, plan.clients, drawn_key(plan.promised)), Progress()
 
 
 def train(
@@ -195,6 +197,7 @@ def one_round(
     tried = _attempts(plan, state, progress, exchange, due)
     told, answers, state, refused = last = tried[-1]
     kept = [update for update in answers.updates if update.client not in refused.failed]
+    shown = [] if plan.promised else kept  # what single answers say is not covered by the promise
     progress = _on(progress, tried, time.perf_counter() - since)
     progress = progress._replace(failing=_failing(plan.quorum, progress, tried, round_))
     due = due or spent(plan.limits, progress)  # the last round is evaluated, whatever ended the run
@@ -207,14 +210,15 @@ def one_round(
         "failed": {str(client): why for client, why in last.failed.items()},
         **_repeated(tried[:-1]),
         **_gate(plan.method, kept, refused),
+        **_spent(plan, round_),
         **({"note": refused.note} if refused.note else {}),
-        "loss": _mean([(u.loss, u.examples) for u in kept]),
+        "loss": _mean([(u.loss, u.examples) for u in shown]),
         **scores,
-        **_personal(kept),
-        **_scalars(kept),
-        "peak_bytes": max((u.peak_bytes for u in kept), default=0),
-        **_classes(plan.method, told, kept),
+        **_personal(shown),
+        **_scalars(shown),
+        "peak_bytes": max((u.peak_bytes for u in shown), default=0),
         **_engine(tried),
+        **_classes(plan.method, told, shown),
         **_totals(progress),
     }
     return record, state, progress
@@ -247,7 +251,7 @@ def _tried(plan: Plan, state: ServerState, who: Sequence[int], scale: float, due
         told = [new if new.client in answers.lost else old for old, new in zip(told, again, strict=True)]
         more = exchange([one for one in told if one.client in answers.lost])
         answers = _joined(told, answers, more)
-    return Tried(told, answers, *server.finish(state, told, answers.updates, plan.method, head(plan)))
+    return Tried(told, answers, *server.finish(state, told, answers.updates, plan.method, head(plan), plan.promised))
 
 
 def _joined(told: Sequence[Instruction], one: Answers, more: Answers) -> Answers:
@@ -268,6 +272,15 @@ def _added(counts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     for one in counts:
         total.update(one)
     return dict(total)
+
+
+def _spent(plan: Plan, round_: int) -> Record:
+    """The epsilon that the run has spent: of the values, for one client's data being others. None = no bound."""
+    if plan.promised is None:
+        return {}
+    there = len(plan.method.present(plan.clients))
+    value = epsilon(plan.promised, round_, there, min(plan.cohort, there))
+    return {"epsilon": value if math.isfinite(value) else None, "delta": plan.promised.delta}
 
 
 def _repeated(tried: Sequence[Tried]) -> Record:
