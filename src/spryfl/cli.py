@@ -18,7 +18,9 @@ GROUPS = (
     "training",
     "tables",
     "answers",
+    "profiling",
     "packing",
+    "flower",
 )
 for _group in GROUPS:
     importlib.import_module(f"spryfl.commands.{_group}")

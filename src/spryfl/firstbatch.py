@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from spryfl import noise, tree
+from spryfl.estimators.pieces import summed
 from spryfl.types import Batch, Estimate, Estimator, LossFn, Params
 
 STEP = 1e-2  # first h |v|, in units of |w| + 1
@@ -89,8 +90,10 @@ def _slope(estimate: Estimate, params: Params) -> Slope | None:
 def _difference(loss_fn: LossFn, params: Params, batch: Batch, along: Params, h: float) -> float:
     """(L(w + h v) - L(w - h v)) / 2h."""
     with torch.no_grad():
-        ahead, behind = (
-            loss_fn({name: v + step * along[name] if name in along else v for name, v in params.items()}, batch)
-            for step in (h, -h)
-        )
-    return float((ahead.double() - behind.double()) / (2 * h))
+        points = [_moved(params, along, step) for step in (h, -h)]
+        ahead, behind = summed(loss_fn.pieces(batch), lambda one: [float(loss_fn(at, one.batch)) for at in points])
+    return (ahead - behind) / (2 * h)
+
+
+def _moved(params: Params, along: Params, step: float) -> Params:
+    return {name: v + step * along[name] if name in along else v for name, v in params.items()}

@@ -195,12 +195,12 @@ def configured(name: str, labels: tuple[str, ...], task: Task, attention: str = 
     return config
 
 
-def empty(config: Any, task: Task) -> Any:
-    """A model by its configuration, its values not initialised: for the meta device. Its type is the file's."""
+def empty(config: Any, task: Task, dtype: torch.dtype | None = None) -> Any:
+    """A model by its configuration, its values not initialised: for the meta device. Its type is else the file's."""
     config.use_cache = False
     if config.pad_token_id is None:
         config.pad_token_id = 0
-    return getattr(transformers, task.auto).from_config(config, dtype=config.dtype or torch.float32)
+    return getattr(transformers, task.auto).from_config(config, dtype=dtype or config.dtype or torch.float32)
 
 
 def shapes_of(module: Any, units: tuple[Unit, ...], rows: int, tokens: int) -> Shapes:

@@ -91,7 +91,7 @@ def adapted(module: PeftModel) -> Adapted:
         unit = (shared[id(value)], False) if id(value) in shared else _unit_of(name, module.base_model.prefix)
         groups.setdefault(unit, []).append(name)
     for name, value in trainable.items():
-        if own(module, name) or ".modules_to_save." in name:
+        if value.itemsize < 4 and (own(module, name) or ".modules_to_save." in name):
             value.data = value.data.float()
     params = {name: value.detach().float().clone() for name, value in trainable.items()}
     for value in module.parameters():
