@@ -242,6 +242,11 @@ def usable(device: str) -> torch.device:
         raise ValueError(f'device = "{device}" cannot be used here: {first(error)} Possible: {possible}.') from error
 
 
+def foreign(model: Model) -> bool:
+    """Whether layers of another library compute in it, with weights in a form of their own."""
+    return any(map(adapters.foreign, model.module.modules()))
+
+
 def check_length(model: Model, sides: Iterable[Rows]) -> None:
     """A ValueError if a row is longer than the model has places, where it keeps a table of them."""
     places = [
