@@ -278,8 +278,9 @@ def heaviest(method: Method, of: Outline, cohort: int) -> tuple[Unit, ...]:
 
 def too_small(client: Client, tried: Sequence[Setting]) -> str:
     """What to say where nothing fits: the smallest need, where it goes, and what would lower it."""
-    cheap = sorted(tried, key=lambda one: (client.need(one), "directions" not in one.method.estimator))
-    best = min(map(client.planned, cheap[:1] + tried[-1:]), key=lambda one: one.footprint.total)
+    steps = [(work(one.method, client.shapes)(client.mine), one) for one in tried]
+    cheap = [one for step, one in steps if step and not (step.above.backward or step.below.backward)]
+    best = min(map(client.planned, cheap or tried), key=lambda one: one.footprint.total)
     need, of = best.footprint, client.of
     largest = sorted(zip(need._fields, need, strict=True), key=lambda part: -part[1])[:3]
     parts = ", ".join(f"{name} {shown(size)}" for name, size in largest if size)
