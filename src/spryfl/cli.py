@@ -18,6 +18,7 @@ GROUPS = (
     "training",
     "tables",
     "answers",
+    "planning",
     "packing",
 )
 for _group in GROUPS:

@@ -206,9 +206,9 @@ def variants(method: Method, of: Outline) -> list[Method]:
         out += [replace(method, estimator={**own, "chunk": 1})]
     if "exact_head" in known and method.head != "exact":
         out += [replace(method, head="exact")]
-    if "exact_top" in known and not own.get("exact_top"):
-        tops = sorted({-(-of.layers * share // 4) for share in (1, 2, 3)} - {0, of.layers})
-        out += [replace(method, estimator={**own, "exact_top": top, "checkpoint": True}) for top in tops]
+    if "exact_top" in known and not own.get("exact_top") and of.layers > 1:
+        top = 3 * of.layers // 4 or 1  # `placed` makes it as low as a budget asks
+        out += [replace(method, estimator={**own, "exact_top": top, "checkpoint": True})]
     return out
 
 
