@@ -32,7 +32,7 @@ RANKS: list[list[str]] = [
     ["sizing"],
     ["engines", "testing"],
     ["job"],
-    ["api", "report", "screen", "explain"],
+    ["api", "report", "screen", "explain", "advice"],
     ["flower"],
     ["pictures"],
     ["compare"],
