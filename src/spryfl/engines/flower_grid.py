@@ -102,13 +102,14 @@ def gathered(nodes: Nodes, wanted: int, wait: float) -> None:
         wrong = [f"node {node}: {said['error']}" for node, said in nodes.said.items() if "error" in said]
         if wrong:
             raise ValueError("a node cannot take part. " + " ".join(wrong))
-        asked = wanted or _usual(nodes, here)
-        if here and len(nodes.seats() if _own(nodes, here) else here) >= asked:
+        needed = wanted or _usual(nodes, here)
+        if here and len(nodes.seats() if _own(nodes, here) else here) >= needed:
             return
         if time.monotonic() > until:
+            connected = len(list(nodes.grid.get_node_ids()))
             raise ValueError(
-                f"{len(here)} of {asked} nodes are connected after {wait:g} s. Start the others (flower-supernode), "
-                f"or set flower.wait or flower.nodes."
+                f"{len(here)} of {needed} nodes have answered after {wait:g} s, and {connected} are connected. Start the "
+                f"others (flower-supernode), or set flower.wait or flower.nodes."
             )
         time.sleep(0.5)
 
