@@ -272,6 +272,31 @@ class TestDeadline:
         assert set(last) == {6}
         assert_same(tmp_path / "flower", in_process(one, tmp_path / "here"))
 
+    def test_a_node_that_comes_back_under_another_id_takes_its_place(self, given, tmp_path):
+        one = given(flower={"deadline": 0.5}, partition={"clients": 2}, train={"cohort": 2})
+        config = {"experiment": json.dumps(one), "folder": str(tmp_path / "flower")}
+        grid = HereGrid({5: {"partition-id": 0}, 6: {"partition-id": 1}}, config)
+
+        def delay(message):
+            if message.metadata.group_id == "1":  # from now on the old node is deaf, though it is still listed
+                grid.contexts[9] = Context(RUN, 9, {"partition-id": 1}, RecordDict(), dict(config))
+            return 10**9 if message.metadata.dst_node_id == 6 and message.metadata.group_id not in ("", "1") else 0
+
+        grid.delay = delay
+        flower_server.serve(grid, Context(RUN, 1, {}, RecordDict(), config))
+        seen = [(message.metadata.group_id, message.metadata.dst_node_id) for message in grid.sent]
+        assert set(seen) == {("", 5), ("", 6), ("1", 5), ("1", 6), ("", 9), ("2", 5), ("2", 9), ("3", 5), ("3", 9)}
+        assert_same(tmp_path / "flower", in_process(one, tmp_path / "here"))
+
+    def test_a_node_that_never_answers_its_greeting_holds_up_nobody(self, given, tmp_path):
+        one = given(flower={"nodes": 1, "deadline": 60.0})
+        config = {"experiment": json.dumps(one), "folder": str(tmp_path / "flower")}
+        grid = HereGrid({5: {}, 6: {}}, config)
+        grid.delay = lambda message: 10**9 if message.metadata.dst_node_id == 6 else 0
+        flower_server.serve(grid, Context(RUN, 1, {}, RecordDict(), config))
+        assert [message.metadata.dst_node_id for message in grid.sent].count(6) == 1
+        assert_same(tmp_path / "flower", in_process(one, tmp_path / "here"))
+
     def _leaves(self, grid, message):
         if message.metadata.group_id == "2" and len(grid.contexts) == 2:
             gone = grid.contexts.pop(5)
