@@ -11,6 +11,7 @@ import sys
 
 import spryfl
 from spryfl import noise, testing
+from spryfl.estimators.pieces import summed
 from spryfl.jvp import jvp
 from spryfl.types import Batch, Directional, Estimate, Estimator, LossFn, Params, Passes
 
@@ -21,16 +22,15 @@ def blockwise(directions: int = 4) -> Estimator:
         raise ValueError(f"directions = {directions} of blockwise; it must be 1 or more.")
 
     def estimate(loss_fn: LossFn, params: Params, batch: Batch, seed: int) -> Estimate:
-        terms: list[Directional] = []
+        pieces, terms = loss_fn.pieces(batch, seed), list[Directional]()
         for name, value in params.items():
             count = min(directions, value.numel())
             seeds = [noise.child_seed(seed, "direction", len(terms) + k) for k in range(count)]
-            drawn = noise.stack(seeds, {name: value}, "orthogonal")
-            loss, slopes = jvp(lambda p: loss_fn(p, batch, seed), params, drawn)
-            terms += [  # the slopes are float32: what four bytes carry, 1/K within
-                Directional(s, c, (name,), "orthogonal")
-                for s, c in zip(seeds, (slopes / count).float().tolist(), strict=True)
-            ]
+            v = noise.stack(seeds, {name: value}, "orthogonal")
+            linear = lambda one, v=v: jvp(lambda p: loss_fn(p, one.batch, one.seed), params, v)  # noqa: E731
+            loss, slopes = summed(pieces, linear)
+            kept = (slopes / count).float().tolist()  # float32 is what four bytes carry, 1/K within
+            terms += [Directional(s, c, (name,), "orthogonal") for s, c in zip(seeds, kept, strict=True)]
         return Estimate(float(loss), {}, tuple(terms), Passes(value=len(params), tangent=len(terms)))
 
     return estimate

@@ -16,6 +16,7 @@ import tomli_w
 from children import start, wait_for_lines
 
 from spryfl import cli, compare, config, journal, pictures, report, train
+from spryfl.commands import training
 from spryfl.journal import Progress
 from spryfl.methods import build, named
 from spryfl.train import TIMED
@@ -557,7 +558,7 @@ class TestPicture:
 
 def test_without_a_configuration_it_is_the_quickstarts(spryfl, monkeypatch, tmp_path):
     seen = []
-    monkeypatch.setattr(cli, "_compare", lambda *arguments: seen.append(arguments))
+    monkeypatch.setattr(training, "_compare", lambda *arguments: seen.append(arguments))
     assert spryfl("compare", "--methods", "spry, fedavg", "--seeds", "1,2", "--set", "train.rounds=2")[0] == 0
     (made, folder, quiet) = seen[0]
     assert list(made.runs) == [("spry", 1), ("fedavg", 1), ("spry", 2), ("fedavg", 2)]

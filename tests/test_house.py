@@ -20,33 +20,43 @@ RANKS: list[list[str]] = [
     ["types"],
     ["tree", "noise", "wire", "jvp", "hub"],
     ["data"],
-    ["estimators", "assign", "optimizers", "aggregate", "partition", "adapters", "tasks"],
-    ["hooks", "choices", "trace", "options"],
+    ["estimators", "assign", "optimizers", "aggregate", "privacy", "partition", "adapters", "tasks", "backbone"],
+    ["classes", "seeds"],
+    ["hooks", "choices", "trace", "options", "provenance", "firstbatch"],
     ["layout", "ledger", "methods", "sections"],
-    ["loss", "costs"],
+    ["loss", "costs", "opened", "named"],
     ["models", "config", "journal"],
-    ["client", "server"],
-    ["train"],
+    ["client", "server", "packing"],
+    ["footprint"],
+    ["train", "plan"],
+    ["sizing"],
     ["engines", "testing"],
     ["job"],
     ["api", "report", "screen", "explain"],
     ["flower"],
     ["pictures"],
     ["compare"],
+    ["sites"],
+    ["commands"],
     ["cli"],
 ]
 # A folder is one place: files import each other downwards.
-PACKAGES = ("costs", "jvp", "data", "estimators", "engines", "tasks", "adapters", "flower")
+PACKAGES = (
+    *("costs", "jvp", "backbone", "data", "estimators", "engines", "tasks", "adapters", "footprint"),
+    *("flower", "sites", "commands"),
+)
 HUGGING_FACE = {"transformers", "peft", "datasets", "tokenizers", "accelerate"}
 MAY_USE = {
-    "transformers": {"adapters", "layout", "models"},
+    "transformers": {"adapters", "layout", "opened", "models", "packing", "named"},
     "peft": {"adapters"},
     "datasets": {"data"},
     "matplotlib": {"pictures"},
-    "rich": {"cli", "screen"},
-    "typer": {"cli"},
+    "rich": {"commands", "screen"},
+    "typer": {"commands"},
     "pydantic": {"config", "options", "sections"},
     "flwr": {"flower"},
+    "cryptography": {"sites"},
+    "bitsandbytes": {"backbone"},
 }
 
 
@@ -172,7 +182,7 @@ def test_nothing_asks_for_a_method_by_name():
 
     names = set(METHODS) - {"head_only", "alone", "pooled"}  # these are also words of a setting
     for path in modules():
-        if place(path) in ("methods", "config", "cli"):  # the table, the default experiment, help texts
+        if place(path) in ("methods", "config", "commands"):  # the table, the default experiment, help texts
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Compare):

@@ -7,29 +7,26 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import math
-import platform
-import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import torch
 
 from spryfl import (
     adapters,
     client,
     costs,
     data,
+    firstbatch,
     journal,
     ledger,
     methods,
     models,
     noise,
     partition,
+    provenance,
     server,
+    sizing,
     tasks,
     train,
     tree,
@@ -38,6 +35,7 @@ from spryfl.config import Experiment
 from spryfl.engines.simulate import simulation
 from spryfl.journal import Journal, Progress
 from spryfl.models import Model
+from spryfl.privacy import Privacy
 from spryfl.tasks import Rows
 from spryfl.types import Batch, Params, ServerState
 
@@ -56,6 +54,7 @@ class Job(NamedTuple):
     held: tuple[tuple[int, ...], ...]  # each client's rows held out
     plan: train.Plan
     steps: int  # local batches a round; 0 = by epochs
+    streamed: Model | None = None  # the same model opened block by block, where a class of clients wants it so
 
 
 class History(NamedTuple):
@@ -104,6 +103,7 @@ def load_model(experiment: Experiment, labels: tuple[str, ...]) -> Model:
         trust_remote_code=m.trust_remote_code,
         seed=seed,
         task=(task := tasks.build(experiment.task)),
+        stream=m.stream,
     )
     adapter = m.adapter or adapters.build(experiment.adapter)
     _, source = models.resolve(m.name)
@@ -122,6 +122,7 @@ def encode(experiment: Experiment, corpus: data.Corpus, model: Model) -> tuple[R
 def prepare(experiment: Experiment, corpus: data.Corpus, model: Model, tokens: tuple[Rows, Rows] | None = None) -> Job:
     """Tokens (unless they are there), partition and plan of an experiment whose data and model are there."""
     rows, test = tokens or encode(experiment, corpus, model)
+    experiment = sizing.settled(experiment, corpus.labels, rows)
     cut = [
         partition.hold_out(part, experiment.partition.held_out, noise.child_seed(experiment.seed, "held out", i))
         for i, part in enumerate(deal(experiment, corpus))
@@ -131,21 +132,39 @@ def prepare(experiment: Experiment, corpus: data.Corpus, model: Model, tokens: t
     if experiment.method.sharing == "pooled":
         steps = _pooled_steps(experiment, parts)
         parts, held = (_joined(parts),), (_joined(held),)
-    clients = len(parts)
+    clients, built = len(parts), methods.build(experiment.method)
     plan = train.Plan(
-        method=methods.build(experiment.method),
+        method=built,
         units=model.units,
         seed=experiment.seed,
         rounds=t.rounds,
         clients=clients,
-        cohort=min(t.cohort, clients),
+        cohort=min(t.cohort, len(built.present(clients))),
         eval_every=t.eval_every,
         patience=t.patience,
         limits=train.Limits(t.max_passes, t.max_megabytes, t.max_seconds),
         metric=model.task.metric,
         quorum=train.Quorum(t.min_answers, t.tries, t.rest),
+        promised=Privacy(**experiment.privacy.model_dump()) if experiment.privacy.clip else None,
     )
-    return Job(experiment, corpus, model, rows, test, parts, held, plan, steps)
+    return Job(experiment, corpus, model, rows, test, parts, held, plan, steps, _streamed(experiment, corpus))
+
+
+def _streamed(experiment: Experiment, corpus: data.Corpus) -> Model | None:
+    """The packed model once more, for the classes of clients that stream it: units and values are the same."""
+    if not any(one.stream for one in experiment.method.classes):
+        return None
+    section = experiment.model.model_copy(update={"stream": True})
+    return load_model(experiment.model_copy(update={"model": section}), corpus.labels)
+
+
+def _held(job: Job, name: str) -> tuple[Model, int]:
+    """How a class of clients holds the model: (as it is opened for it, rows at once; 0 = whole batches)."""
+    for one in job.experiment.method.classes:
+        if one.name == name:
+            model = job.streamed if one.stream and job.streamed else job.model
+            return model, one.micro_batch or job.experiment.train.micro_batch
+    return job.model, job.experiment.train.micro_batch
 
 
 def _pooled_steps(experiment: Experiment, parts: Sequence[Sequence[int]]) -> int:
@@ -171,36 +190,45 @@ def predicted(job: Job) -> costs.Costs:
     return train.predicted(method, shapes, job.plan.clients, job.plan.cohort, steps)
 
 
-def local(job: Job) -> Callable[[int], client.Local]:
-    """Each client's own side: its rows and the model."""
-    t, model = job.experiment.train, job.model
+def local(job: Job, client_class: str | None = None) -> Callable[[int], client.Local]:
+    """Each client's own side: its rows, and the model as its class holds it.
+
+    A job of one client alone has it under number 0: it says the class that the instruction says.
+    """
+    t, keep = job.experiment.train, int(job.experiment.train.keep_prefix * 1e6)
 
     def batches(indices: Sequence[int], seed: int) -> Iterator[Batch]:
         epochs = 0 if job.steps else t.epochs
         for chosen in tasks.shuffled(indices, t.batch_size, seed, epochs, job.steps, same=bool(t.keep_prefix)):
-            yield tasks.collate(job.rows, chosen, model.device)
+            yield tasks.collate(job.rows, chosen, job.model.device)
 
-    return lambda i: client.Local(
-        bind=lambda fixed, guide: models.loss_fn(model, fixed, guide, t.dropout, int(t.keep_prefix * 1e6)),
-        batches=lambda seed: batches(job.parts[i], seed),
-        examples=len(job.parts[i]),
-        held_out=lambda: scoring(job.rows, job.held[i], model),
-        score=lambda params, held: personal(job, params, held, len(job.held[i])),
-        device=model.device,
-    )
+    def one(i: int) -> client.Local:
+        model, most = _held(job, job.plan.method.member(i) if client_class is None else client_class)
+        return client.Local(
+            bind=lambda fixed, guide: models.loss_fn(model, fixed, guide, t.dropout, keep, most),
+            batches=lambda seed: batches(job.parts[i], seed),
+            examples=len(job.parts[i]),
+            held_out=lambda: scoring(job.rows, job.held[i], model, most),
+            score=lambda params, held: personal(job, params, held, len(job.held[i]), model),
+            device=model.device,
+        )
+
+    return one
 
 
-def personal(job: Job, params: Params, held: Iterator[tuple[list[int], Batch]], count: int) -> tuple[float, int]:
+def personal(
+    job: Job, params: Params, held: Iterator[tuple[list[int], Batch]], count: int, model: Model
+) -> tuple[float, int]:
     """(the metric on a client's held-out rows, times these; rows): sums over clients give the mean weighted by rows."""
     if not count:
         return 0, 0
-    metrics, _ = models.score(job.model, params, job.rows, held)
+    metrics, _ = models.score(model, params, job.rows, held)
     return metrics[job.model.task.metric] * count, count
 
 
-def scoring(rows: Rows, indices: Sequence[int], model: Model) -> Iterator[tuple[list[int], Batch]]:
-    """Batches for scoring, of like length, each with the indices of its rows."""
-    for chosen in tasks.by_length(rows, indices, _SCORE_BATCH):
+def scoring(rows: Rows, indices: Sequence[int], model: Model, most: int = 0) -> Iterator[tuple[list[int], Batch]]:
+    """Batches for scoring, of like length, each with the indices of its rows; of `most` rows, 0 as usual."""
+    for chosen in tasks.by_length(rows, indices, most or _SCORE_BATCH):
         yield chosen, tasks.collate(rows, chosen, model.device)
 
 
@@ -208,7 +236,7 @@ def evaluate(job: Job) -> train.Evaluate:
     """The task's metrics and the mean loss on the test rows: of the shared model, or the mean over the clients' own."""
 
     def one(params: Params) -> dict[str, float]:
-        batches = scoring(job.test, range(len(job.test.labels)), job.model)
+        batches = scoring(job.test, range(len(job.test.labels)), job.model, job.experiment.train.micro_batch)
         metrics, loss = models.score(job.model, params, job.test, batches)
         return {**metrics, "test_loss": loss}
 
@@ -237,24 +265,29 @@ def exchange(job: Job, state: ServerState) -> train.Exchange:
 def rehearse(job: Job) -> None:
     """One row through the estimator, for the clients with the fewest and the most values, before there is a folder.
 
-    A ValueError says what method and model cannot do together: too few blocks, more orthogonal directions than values.
+    With classes of clients for the first of each. A ValueError says what method and model cannot do together. With
+    micro-batches it takes a row more than one holds.
     """
     plan, (state, _) = job.plan, train.start(job.plan, job.model.params)
-    told = server.begin(state, plan.units, train.cohort(plan, 1), plan.method, plan.seed)
+    there = plan.method.present(plan.clients)
+    first = {plan.method.member(client_): client_ for client_ in reversed(there)}
+    cohort = list(first.values()) if plan.method.classes else train.cohort(plan, 1)
+    told = server.begin(state, plan.units, cohort, plan.method, plan.seed)
     told.sort(key=lambda one: tree.size(tree.select(one.params, one.names)))
-    for one in {told[i].client: told[i] for i in (0, -1)}.values():
-        values = tree.to(one.params, job.model.device)
-        loss_fn = models.loss_fn(job.model, tree.without(values, one.names))
-        batch = tasks.collate(job.rows, job.parts[one.client][:1], job.model.device)
-        plan.method.estimator(loss_fn, tree.select(values, one.names), batch, noise.child_seed(plan.seed, "rehearsal"))
+    for one in told if plan.method.classes else {told[i].client: told[i] for i in (0, -1)}.values():
+        values, (model, most) = tree.to(one.params, job.model.device), _held(job, one.client_class)
+        loss_fn = models.loss_fn(model, tree.without(values, one.names), micro_batch=most)
+        batch = tasks.collate(job.rows, job.parts[one.client][: 1 + most], job.model.device)
+        seed, chosen = noise.child_seed(plan.seed, "rehearsal"), tree.select(values, one.names)
+        estimator = plan.method.of(one.client_class).estimator
+        firstbatch.rehearsed(estimator, loss_fn, chosen, batch, seed, models.foreign(model))
 
 
 def begin(job: Job, folder: Path | None) -> tuple[Journal | None, ServerState, Progress]:
     """A new run, in a new folder if one is given."""
-    if folder:
+    if folder or models.foreign(job.model):
         rehearse(job)
-    made = create(job, folder) if folder else None
-    return (made, *train.start(job.plan, job.model.params))
+    return (create(job, folder) if folder else None, *train.start(job.plan, job.model.params))
 
 
 def create(job: Job, folder: Path) -> Journal:
@@ -286,7 +319,7 @@ def run(
         yield record, final
     if opened:
         export(job, server.served(final), opened.folder / "adapter")
-        note(opened, state="complete", ended=_now())
+        note(opened, state="complete", ended=provenance.now())
 
 
 @contextlib.contextmanager
@@ -317,6 +350,7 @@ def card(job: Job) -> dict[str, Any]:
         "labels": list(job.model.labels),
         "max_length": d.data.max_length,
         "method": d.method.name,
+        **({"stream": True} if d.model.stream else {}),
     }
 
 
@@ -328,17 +362,13 @@ def note(opened: Journal | None, **changes: Any) -> None:
 
 def facts(job: Job) -> dict[str, Any]:
     """What a result must carry: versions, hardware, commit, date, data, state."""
-    packages = ("spryfl", "torch", "transformers", "peft", "datasets", "tokenizers")
-    versions = {name: _version(name) for name in packages}
     return {
         "state": "running",
-        "started": _now(),
-        "versions": {"python": platform.python_version(), **versions},
-        "hardware": {"machine": platform.machine(), "system": platform.system(), "device": _device(job.model.device)},
-        "threads": torch.get_num_threads(),
-        "commit": _commit(),
+        "started": provenance.now(),
+        **provenance.environment(job.model.device),
         "seed": job.experiment.seed,
         "metric": job.model.task.metric,
+        "model": models.facts(job.model),
         "data": {
             "source": job.corpus.source,
             "fingerprint": job.corpus.fingerprint,
@@ -350,8 +380,9 @@ def facts(job: Job) -> dict[str, Any]:
 
 
 def same_data(opened: Journal, job: Job) -> None:
-    """Going on with other data would not be the same run."""
+    """Going on with other data, or another packed model, would not be the same run."""
     then = journal.facts_of(opened)
+    models.same(then.get("model", {}), job.model)
     if then["data"]["fingerprint"] != job.corpus.fingerprint:
         raise ValueError(
             f"the data of {opened.folder} have changed since it began ({job.corpus.source}; the docstrings change with "
@@ -370,31 +401,3 @@ def _same_values(opened: Journal, state: ServerState, fresh: ServerState) -> Non
             f"the state of {opened.folder} does not fit its config.toml: the model, the adapter or the method was "
             f"changed since the run began. Restore config.toml, or start a new run."
         )
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _commit() -> str:
-    """The commit of the source tree, if the package runs from one."""
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    try:
-        return git("rev-parse", "HEAD") if git("ls-files", __file__) else ""
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-
-
-def _device(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

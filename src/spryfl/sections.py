@@ -18,6 +18,7 @@ class ModelSection(BaseModel):
     attention: Literal["default", "eager", "sdpa"] = "default"
     trust_remote_code: bool = False
     adapter: str = ""  # folder of a saved adapter to start from
+    stream: bool = False  # of a packed folder one block in memory at a time, the next read ahead
 
 
 class DataSection(BaseModel):
@@ -58,6 +59,7 @@ class TrainSection(BaseModel):
     rounds: int = Field(24, ge=1)
     cohort: int = Field(8, ge=1)  # clients a round
     batch_size: int = Field(8, ge=1)
+    micro_batch: int = Field(0, ge=0)  # rows in memory at once, also in scoring; 0 = whole batches
     epochs: int = Field(0, ge=0)  # local passes over a client's rows, instead of steps
     steps: int = Field(10, ge=0)  # local batches a round
     eval_every: int = Field(6, ge=1)  # rounds
@@ -71,6 +73,16 @@ class TrainSection(BaseModel):
     rest: int = Field(0, ge=0)  # rounds that a client is left out for once it failed twice running
     dropout: bool = False  # the model's own dropout layers while training
     keep_prefix: float = Field(0.0, ge=0)  # MB of hidden states kept over a client's local epochs; batches then stay
+
+
+class PrivacySection(BaseModel):
+    """Differential privacy of the values, a client's data being what neighbours differ in; off without a clip."""
+
+    model_config = STRICT
+    clip: float = Field(0.0, ge=0, allow_inf_nan=False)  # largest norm of a client's answer; 0 = no promise
+    noise: float = Field(1.0, ge=0, allow_inf_nan=False)  # standard deviation on the sum of answers, in units of clip
+    delta: float = Field(1e-5, gt=0, lt=1)  # the chance that the promise of epsilon fails
+    key: int = Field(0, ge=0, lt=2**62)  # of the noise; 0 = drawn by the server. Another can be repeated, is no secret
 
 
 class FlowerSection(BaseModel):

@@ -6,8 +6,9 @@
 The laws: what comes back is an Estimate of plain numbers and detached tensors; the same seed gives the same result;
 neither the values nor PyTorch's generator are moved; every value is covered once, by the dense part or by terms; the
 loss is the loss, dropout masks from the seed; coefficients are float32, seeds 63-bit, distributions known; directions
-differ between terms and steps; passes are not negative; the mean over seeds is the gradient, and where a variance is
-claimed it is that. Needs torch alone. Cost: two estimates and a gradient for each of 300 seeds, seconds.
+differ between terms and steps; passes are not negative; a batch in pieces gives what the whole one gives, and takes no
+more rows at once; the mean over seeds is the gradient, and where a variance is claimed it is that. Needs torch alone.
+Cost: two estimates and a gradient for each of 300 seeds, seconds.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from spryfl import noise, tree
-from spryfl.types import Batch, Cut, Estimate, Estimator, Features, Params
+from spryfl.estimators.pieces import weighed
+from spryfl.types import Batch, Cut, Estimate, Estimator, Features, Params, Piece
 
 HEAD = ("head.weight", "head.bias")
 
@@ -40,8 +42,18 @@ class Toy:
     blocks = ("a", "b")
     head = frozenset(HEAD)
 
-    def __init__(self, fixed: Params | None = None, guide: Params | None = None, dropout: float = 0.0) -> None:
-        self.fixed, self.guide, self.dropout = fixed or {}, guide or {}, dropout
+    def __init__(
+        self, fixed: Params | None = None, guide: Params | None = None, dropout: float = 0.0, micro_batch: int = 0
+    ) -> None:
+        self.fixed, self.guide, self.dropout, self.micro_batch = fixed or {}, guide or {}, dropout, micro_batch
+        self.most = 0  # rows that were asked for at once
+
+    def pieces(self, batch: Batch, seed: int | None = None) -> tuple[Piece, ...]:
+        """The parts that a batch is to be taken in."""
+        rows = len(batch["labels"])
+        step = self.micro_batch or rows
+        parts = [{name: value[i : i + step] for name, value in batch.items()} for i in range(0, rows, step)]
+        return weighed(parts, [len(part["labels"]) for part in parts], seed)
 
     def _through(self, params: Params, h: Tensor, blocks: Sequence[str], seed: int | None) -> Tensor:
         for name in blocks:
@@ -61,12 +73,14 @@ class Toy:
 
     def __call__(self, params: Params, batch: Batch, seed: int | None = None) -> Tensor:
         """The loss of one batch."""
+        self.most = max(self.most, len(batch["labels"]))
         return self._answer(params, self._through(params, batch["x"], self.blocks, seed), batch)
 
     def cut(self, batch: Batch, seed: int | None = None, top: int = 0, checkpoint: bool = False) -> Cut:
         """The same loss in two parts, the last `top` blocks in the second; -1 for both."""
         if not -1 <= top <= len(self.blocks):
             raise ValueError(f"top = {top}, but the toy has {len(self.blocks)} blocks.")
+        self.most = max(self.most, len(batch["labels"]))
         at = 0 if top == -1 else len(self.blocks) - top
         below, above = self.blocks[:at], self.blocks[at:]
 
@@ -109,6 +123,7 @@ def check_estimator(
     variance: Callable[[Params], float] | None = None,
     loss_error: float = 1e-6,
     bias: float = 0.0,
+    pieces: bool = True,
 ) -> None:
     """Holds an estimator against every law on the toy loss: 29 values in 4 tensors, float32, with dropout.
 
@@ -118,6 +133,8 @@ def check_estimator(
         unbiased: the mean over seeds must be the gradient; False for an estimator that does not claim it.
         variance: from the true gradient (by name) to the E|g_hat - g|^2 that is claimed; None for no claim.
         loss_error: how far the reported loss may be from the loss, relative; central differences err by O(mu^2).
+        pieces: it takes its batch in the pieces that the loss asks for (train.micro_batch); False for one that cannot,
+            which is refused where a run asks for them.
         bias: how far the mean may be from the gradient beside chance, relative; differences err by O(mu^2) or O(mu).
 
     Raises:
@@ -130,6 +147,8 @@ def check_estimator(
     loss_fn = Toy(dropout=0.2)
     _check_one(estimator, loss_fn, params, batch, loss_error)
     _check_seeds(estimator, loss_fn, params, batch)
+    if pieces:
+        _check_pieces(estimator, params, batch)
     if unbiased or variance:
         _check_moments(estimator, loss_fn, params, batch, seeds, variance, bias if unbiased else math.inf)
 
@@ -218,6 +237,35 @@ def _check_seeds(estimator: Estimator, loss_fn: Any, params: Params, batch: Batc
         used += [term.seed for term in estimator(loss_fn, params, batch, noise.child_seed(0, "step", step)).terms]
     twice = len(used) - len(set(used))
     _law(not twice, f"no direction may come twice, in one estimate or in two steps; {twice} of {len(used)} did.")
+
+
+def _check_pieces(estimator: Estimator, params: Params, batch: Batch) -> None:
+    """In pieces of 2, 2 and 1 rows the estimate is that of the whole batch, and no more rows are asked for at once.
+
+    In float64, so that what rounding does to a difference of losses stays far below what a wrong weight would do.
+    """
+    params, batch = (
+        {name: v.double() if v.is_floating_point() else v for name, v in x.items()} for x in (params, batch)
+    )
+    loss_fn = Toy(micro_batch=2)
+    whole, parts = (_asked(estimator, fn, params, batch) for fn in (Toy(), loss_fn))
+    _law(
+        loss_fn.most <= 2,
+        f"a batch is taken in the pieces that the loss asks for, so that memory is one piece's: asked for 2 rows at "
+        f"once, it took {loss_fn.most}. Sum what is linear in the loss over loss_fn.pieces(batch, seed), by "
+        f"spryfl.estimators.pieces.summed; or say pieces=False.",
+    )
+    one, other = (gradient(estimate, params) for estimate in (whole, parts))
+    off = tree.norm(tree.subtract(one, other)) / max(tree.norm(one), 1e-30)
+    _law(
+        off <= 1e-5 and abs(whole.loss - parts.loss) <= 1e-5 * abs(whole.loss),
+        f"a batch in pieces gives what the whole gives: losses {whole.loss} and {parts.loss}, gradients {off:.1e} "
+        f"apart. Weigh each piece by piece.weight, and clip, divide by a deviation or refuse after the sum.",
+    )
+    _law(
+        whole.passes == parts.passes,
+        f"a piece is its share of a pass, so a batch in pieces takes the whole's: {whole.passes}, not {parts.passes}.",
+    )
 
 
 def _check_moments(

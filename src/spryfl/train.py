@@ -17,7 +17,9 @@ from typing import Any, NamedTuple
 from spryfl import costs, noise, server
 from spryfl import journal as disk
 from spryfl.choices import Built, Method, build
+from spryfl.classes import REST
 from spryfl.journal import Journal, Progress
+from spryfl.privacy import Privacy, drawn_key, epsilon
 from spryfl.types import Instruction, Params, Passes, Scalars, ServerState, Unit, Update
 
 
@@ -62,6 +64,7 @@ class Plan(NamedTuple):
     limits: Limits = Limits()
     metric: str = "accuracy"  # the name of the number by which models are compared; more is better
     quorum: Quorum = Quorum()
+    promised: Privacy | None = None
 
 
 class Tried(NamedTuple):
@@ -81,7 +84,8 @@ Exchange = Callable[[Sequence[Instruction]], Answers]
 Evaluate = Callable[[Params], dict[str, float]]  # values -> numbers by name on the untouched test rows
 Record = dict[str, Any]
 
-TIMED = ("seconds", "peak_bytes", "engine")  # the fields of a record that may differ between two equal runs
+# The fields of a record that may differ between two equal runs.
+TIMED = ("seconds", "peak_bytes", "class_peak_bytes", "engine")
 
 
 def cohort(plan: Plan, round_: int, attempt: int = 0, resting: Collection[int] = ()) -> list[int]:
@@ -89,7 +93,8 @@ def cohort(plan: Plan, round_: int, attempt: int = 0, resting: Collection[int] =
 
     Another attempt draws anew. Those that rest are left out, unless nobody else is there.
     """
-    awake = [i for i in range(plan.clients) if i not in resting] or range(plan.clients)
+    there = plan.method.present(plan.clients)
+    awake = [i for i in there if i not in resting] or there
     draw = random.Random(noise.child_seed(plan.seed, "cohort", round_, *(("attempt", attempt) if attempt else ())))
     return draw.sample(awake, min(plan.cohort, len(awake)))
 
@@ -106,7 +111,8 @@ def predicted(method: Method, shapes: costs.Shapes, clients: int, cohort_: int, 
     """
     if method.sharing == "pooled":
         clients, cohort_, steps = 1, 1, steps * cohort_
-    built, settle = build(method), 10 * -(-clients // cohort_)
+    built = build(method)
+    settle = 10 * -(-len(built.present(clients)) // cohort_)
     plan = Plan(built, shapes.units, 0, settle, clients, cohort_, eval_every=1, patience=0)
     rounds = [server.deal(shapes.units, cohort(plan, r), built, r) for r in range(1, settle + 1)]
     return costs.predict(method, built, shapes, rounds, steps)
@@ -119,7 +125,7 @@ def lost(seed: int, share: float) -> Callable[[int, int], bool]:
 
 def start(plan: Plan, params: Params) -> tuple[ServerState, Progress]:
     """Before the first round."""
-    return server.init(params, plan.method, plan.clients), Progress()
+    return server.init(params, plan.method, plan.clients, drawn_key(plan.promised)), Progress()
 
 
 def train(
@@ -191,6 +197,7 @@ def one_round(
     tried = _attempts(plan, state, progress, exchange, due)
     told, answers, state, refused = last = tried[-1]
     kept = [update for update in answers.updates if update.client not in refused.failed]
+    shown = [] if plan.promised else kept  # what single answers say is not covered by the promise
     progress = _on(progress, tried, time.perf_counter() - since)
     progress = progress._replace(failing=_failing(plan.quorum, progress, tried, round_))
     due = due or spent(plan.limits, progress)  # the last round is evaluated, whatever ended the run
@@ -203,13 +210,15 @@ def one_round(
         "failed": {str(client): why for client, why in last.failed.items()},
         **_repeated(tried[:-1]),
         **_gate(plan.method, kept, refused),
+        **_spent(plan, round_),
         **({"note": refused.note} if refused.note else {}),
-        "loss": _mean([(u.loss, u.examples) for u in kept]),
+        "loss": _mean([(u.loss, u.examples) for u in shown]),
         **scores,
-        **_personal(kept),
-        **_scalars(kept),
-        "peak_bytes": max((u.peak_bytes for u in kept), default=0),
+        **_personal(shown),
+        **_scalars(shown),
+        "peak_bytes": max((u.peak_bytes for u in shown), default=0),
         **_engine(tried),
+        **_classes(plan.method, told, shown),
         **_totals(progress),
     }
     return record, state, progress
@@ -242,7 +251,7 @@ def _tried(plan: Plan, state: ServerState, who: Sequence[int], scale: float, due
         told = [new if new.client in answers.lost else old for old, new in zip(told, again, strict=True)]
         more = exchange([one for one in told if one.client in answers.lost])
         answers = _joined(told, answers, more)
-    return Tried(told, answers, *server.finish(state, told, answers.updates, plan.method, head(plan)))
+    return Tried(told, answers, *server.finish(state, told, answers.updates, plan.method, head(plan), plan.promised))
 
 
 def _joined(told: Sequence[Instruction], one: Answers, more: Answers) -> Answers:
@@ -263,6 +272,15 @@ def _added(counts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     for one in counts:
         total.update(one)
     return dict(total)
+
+
+def _spent(plan: Plan, round_: int) -> Record:
+    """The epsilon that the run has spent: of the values, for one client's data being others. None = no bound."""
+    if plan.promised is None:
+        return {}
+    there = len(plan.method.present(plan.clients))
+    value = epsilon(plan.promised, round_, there, min(plan.cohort, there))
+    return {"epsilon": value if math.isfinite(value) else None, "delta": plan.promised.delta}
 
 
 def _repeated(tried: Sequence[Tried]) -> Record:
@@ -356,6 +374,25 @@ def _scalars(updates: Sequence[Update]) -> Record:
         "scalar_rms": math.sqrt(whole.squares / kept) if kept else None,
         "scalar_max": whole.largest,
     }
+
+
+def _classes(method: Built, told: Sequence[Instruction], updates: Sequence[Update]) -> Record:
+    """Of each class of clients: how many were asked and answered, their loss, their passes, the most memory of one."""
+    if not method.classes:
+        return {}
+    told_of = {one.client: one.client_class or REST for one in told}
+    out: dict[str, Record] = {}
+    peaks: dict[str, int] = {}
+    for name in (one.name or REST for one in method.classes):
+        own = [update for update in updates if told_of[update.client] == name]
+        out[name] = {
+            "asked": list(told_of.values()).count(name),
+            "answered": len(own),
+            "loss": _mean([(u.loss, u.examples) for u in own]),
+            "passes": sum(sum(u.passes) for u in own),
+        }
+        peaks[name] = max((u.peak_bytes for u in own), default=0)
+    return {"classes": out, "class_peak_bytes": peaks}
 
 
 def head(plan: Plan) -> frozenset[str]:

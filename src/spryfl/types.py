@@ -81,6 +81,15 @@ class Cut(NamedTuple):
     both: frozenset[str] = frozenset()  # names that both parts read: such a value cannot be moved
 
 
+class Piece(NamedTuple):
+    """A part of a batch that is held in memory at once: the batch's loss is the weighted sum of its pieces' losses."""
+
+    weight: float  # its terms of the loss, of the batch's
+    batch: Batch
+    seed: int | None  # of its dropout masks
+    number: int = 0  # its place in the batch
+
+
 class LossFn(Protocol):
     """A client's loss as a function of its trainable values, and what of the model's inside an estimator may ask for.
 
@@ -99,6 +108,13 @@ class LossFn(Protocol):
 
     def __call__(self, params: Params, batch: Batch, seed: int | None = None) -> Tensor:
         """The loss of one batch, a float32 scalar."""
+        ...
+
+    def pieces(self, batch: Batch, seed: int | None = None) -> tuple[Piece, ...]:
+        """The parts that a batch is to be taken in, one after the other; the batch itself where it may be whole.
+
+        Only a piece may be given to the functions beside; `spryfl.estimators.pieces.summed` adds up over them.
+        """
         ...
 
     def cut(self, batch: Batch, seed: int | None = None, top: int = 0, checkpoint: bool = False) -> Cut:
@@ -152,6 +168,7 @@ class Share(NamedTuple):
     trace: Trace | None
     pool: Pool | None = None
     merged: bool = False  # the mean over several clients is taken
+    noise: tuple[float, ...] = ()  # relative variance of its estimate, by name, where answers are weighed by it
 
 
 class Round(NamedTuple):
@@ -185,6 +202,7 @@ class Instruction(NamedTuple):
     pool: Pool | None = None
     catch_up: CatchUp | None = None  # values come by replay; `params` holds what does not
     fingerprint: str = ""  # of the noise, where directions are made again elsewhere
+    client_class: str = ""  # which of the method's classes this client belongs to; empty = none
 
 
 class Update(NamedTuple):
@@ -204,6 +222,7 @@ class Update(NamedTuple):
     trace: Trace | None = None
     scalars: Scalars = Scalars()
     variance: float = 0.0  # of the client's mean gradient over its local batches, a value; 0 = not asked
+    noise: tuple[float, ...] = ()  # predicted relative variance of its estimate, by name as told; empty = not asked
 
 
 class Ledger(NamedTuple):
@@ -226,3 +245,4 @@ class ServerState(NamedTuple):
     average: Params = _NOTHING  # over the rounds, where the method asks for it
     guide: Params = _NOTHING  # the last pseudo-gradient, where the method sends it
     ledger: Ledger = Ledger()
+    key: int = 0  # of the noise that keeps answers private; never sent

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class _Storages(TorchDispatchMode):
+class Storages(TorchDispatchMode):
     """Counts the bytes of storages that appear while it is on, and their disappearance."""
 
     def __init__(self) -> None:
@@ -54,5 +54,5 @@ def peak_memory(device: torch.device | str = "cpu") -> Iterator[Callable[[], int
         start = torch.cuda.memory_allocated(device)
         yield lambda: torch.cuda.max_memory_allocated(device) - start
         return
-    with _Storages() as storages:
+    with Storages() as storages:
         yield lambda: storages.peak

@@ -4,14 +4,17 @@
 
 Cost: one value pass and a backward pass of about the same price (frozen weights need no gradient of their own);
 memory: the activations of every layer after the first moved value. Checkpointed: one more value pass, and the
-activations of one block beside the hidden state of each (Chen et al. 2016, arXiv 1604.06174).
+activations of one block beside the hidden state of each (Chen et al. 2016, arXiv 1604.06174). In pieces: those of one
+piece, and the sum of the gradients.
 """
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from spryfl.types import Batch, Estimate, Estimator, LossFn, Params, Passes
+from spryfl.estimators.pieces import summed
+from spryfl.types import Batch, Estimate, Estimator, LossFn, Params, Passes, Piece
 
 
 def backprop(checkpoint: bool = False) -> Estimator:
@@ -26,9 +29,14 @@ def backprop(checkpoint: bool = False) -> Estimator:
 
     def estimate(loss_fn: LossFn, params: Params, batch: Batch, seed: int) -> Estimate:
         leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
-        loss = (loss_fn.checkpointed if checkpoint else loss_fn)(leaves, batch, seed)
-        grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
-        passes = Passes(value=2 if checkpoint else 1, backward=1)
-        return Estimate(float(loss.detach()), dict(zip(leaves, grads, strict=True)), (), passes)
+        call = loss_fn.checkpointed if checkpoint else loss_fn
+
+        def reverse(piece: Piece) -> tuple[float, dict[str, Tensor]]:
+            loss = call(leaves, piece.batch, piece.seed)
+            grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+            return float(loss.detach()), dict(zip(leaves, grads, strict=True))
+
+        loss, dense = summed(loss_fn.pieces(batch, seed), reverse)
+        return Estimate(loss, dense, (), Passes(value=2 if checkpoint else 1, backward=1))
 
     return estimate

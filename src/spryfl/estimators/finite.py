@@ -8,14 +8,16 @@ MeZO, Malladi et al. 2023 (arXiv 2305.17333): central, K = 1. FedZO, Fang et al.
 the unit sphere, g_hat = (d / (mu P)) sum_k [loss(w + mu u_k) - loss(w)] u_k: `sphere` with `length = "direction"`.
 FZOO, Dang et al. 2025 (arXiv 2506.09034): forward with random signs, the estimate divided by the standard deviation of
 the K losses. Both sides of a difference share the dropout masks. Values are perturbed in a copy, never where they
-stand: adding and taking away again drifts. Memory: an inference pass, one copy of the moved values and one direction.
+stand: adding and taking away again drifts. Memory: an inference pass of one piece of the batch, one copy of the moved
+values and one direction; in pieces each direction is drawn again for each of them.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,7 +25,8 @@ from torch import Tensor
 
 from spryfl import tree
 from spryfl.estimators import cuts, terms
-from spryfl.types import Batch, Estimate, Estimator, LossFn, Params, Passes
+from spryfl.estimators.pieces import summed
+from spryfl.types import Batch, Cut, Estimate, Estimator, LossFn, Params, Passes, Piece
 
 LENGTHS = ("value", "direction")
 
@@ -64,13 +67,14 @@ def central_difference(
         start = _start(loss_fn, params, batch, seed, exact_head)
         count = directions if start.inside else 0
         seeds = terms.chosen(seed, count, start.inside, distribution, candidates, loss_fn.guide)
-        step, losses = _step(mu, length, start.inside), []
-        for v in terms.along(seeds, start.inside, distribution):
-            losses.append((start.at(v, step), start.at(v, -step)))
-        kept = terms.guarded([(up - down) / (2 * step) for up, down in losses], clip)
+        step = _step(mu, length, start.inside)
+        draw = lambda: terms.along(seeds, start.inside, distribution)  # noqa: E731
+        seen = _losses(start, lambda: ((v, side) for v in draw() for side in (step, -step)))
+        pairs = zip(seen.losses[::2], seen.losses[1::2], strict=True)
+        kept = terms.guarded([(up - down) / (2 * step) for up, down in pairs], clip)
         made = terms.made(seeds, kept.mean(), tuple(start.inside), distribution)
-        loss = start.loss if start.loss is not None else _mean([one for pair in losses for one in pair])
-        return Estimate(loss, start.dense, made, Passes(2 * len(seeds) + exact_head), kept.scalars)
+        loss = seen.exact if exact_head else _mean(seen.losses)
+        return Estimate(loss, seen.dense, made, Passes(2 * len(seeds) + exact_head), kept.scalars)
 
     return estimate
 
@@ -115,37 +119,59 @@ def forward_difference(
         count = directions if start.inside else 0
         seeds = terms.chosen(seed, count, start.inside, distribution, candidates, loss_fn.guide)
         step = _step(mu, length, start.inside)
-        base = start.loss if start.loss is not None else start.at({}, 0.0)
-        losses = [start.at(v, step) for v in terms.along(seeds, start.inside, distribution)]
+        draw = lambda: terms.along(seeds, start.inside, distribution)  # noqa: E731
+        seen = _losses(start, lambda: itertools.chain([] if exact_head else [({}, 0.0)], ((v, step) for v in draw())))
+        base, losses = (seen.exact, seen.losses) if exact_head else (seen.losses[0], seen.losses[1:])
         kept = terms.guarded([(loss - base) / step for loss in losses], clip)
         means = kept.mean(_over_deviation(losses) if normalize else 1.0)
         made = terms.made(seeds, means, tuple(start.inside), distribution)
-        return Estimate(base, start.dense, made, Passes(1 + len(seeds)), kept.scalars)
+        return Estimate(base, seen.dense, made, Passes(1 + len(seeds)), kept.scalars)
 
     return estimate
 
 
 class _Start(NamedTuple):
-    """The point that is perturbed, and what is known there."""
+    """The point that is perturbed."""
 
+    loss_fn: LossFn
+    params: Params
+    pieces: tuple[Piece, ...]
+    at: list[Cut]  # each piece's cut before the head, where the head is exact
     inside: dict[str, Tensor]  # the values that are perturbed
+    above: dict[str, Tensor]  # the head's
+
+
+class _Seen(NamedTuple):
+    """What is linear in the loss."""
+
+    exact: float  # the loss at the point itself, where reverse mode gave it
     dense: dict[str, Tensor]  # the head's gradient, where it is exact
-    loss: float | None  # at the point itself, where it is known
-    at: Callable[[Params, float], float]  # (direction, step) -> loss(w + step direction)
+    losses: list[float]  # at each moved point
 
 
 def _start(loss_fn: LossFn, params: Params, batch: Batch, seed: int, exact_head: bool) -> _Start:
-    def at(direction: Params, step: float) -> float:
-        with torch.no_grad():
-            moved = {name: params[name] + step * value for name, value in direction.items()}
-            return float(loss_fn({**params, **moved}, batch, seed))
+    pieces = loss_fn.pieces(batch, seed)
+    at = [loss_fn.cut(one.batch, one.seed) for one in pieces] if exact_head else []
+    return _Start(loss_fn, params, pieces, at, *(cuts.split(at[0], params) if at else (dict(params), {})))
 
-    if not exact_head:
-        return _Start(dict(params), {}, None, at)
-    cut = loss_fn.cut(batch, seed)
-    inside, above = cuts.split(cut, params)
-    exact = cuts.reverse(cut, params, above, cuts.answers(cut, params))
-    return _Start(inside, exact.dense, float(exact.loss), at)
+
+def _losses(start: _Start, moves: Callable[[], Iterable[tuple[Params, float]]]) -> _Seen:
+    """The losses at w + step direction, for each (direction, step) of `moves`, which are drawn anew for each piece."""
+    loss_fn, params = start.loss_fn, start.params
+
+    def linear(piece: Piece) -> _Seen:
+        loss, dense, losses = 0.0, {}, []
+        if start.at:
+            cut = start.at[piece.number]
+            exact = cuts.reverse(cut, params, start.above, cuts.answers(cut, params))
+            loss, dense = float(exact.loss), exact.dense
+        for direction, step in moves():
+            moved = {name: params[name] + step * value for name, value in direction.items()}
+            with torch.no_grad():
+                losses.append(float(loss_fn({**params, **moved}, piece.batch, piece.seed)))
+        return _Seen(loss, dense, losses)
+
+    return summed(start.pieces, linear)
 
 
 def _check(mu: float, length: str) -> None:

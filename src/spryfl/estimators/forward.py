@@ -4,7 +4,8 @@
 
 Unbiased, with E|g_hat - g|^2 = ((d+1)/K) |g|^2 for Gaussian v of d values (d-1 for signs and sphere, d-K for orthogonal
 ones). Spry, Panchal et al. 2024 (arXiv 2405.15551); Baydin et al. 2022 (arXiv 2202.08587). Cost: one value pass and K
-tangent passes, which only need what lies at or after the first perturbed value; memory: a layer's values and tangents.
+tangent passes, which only need what lies at or after the first perturbed value; memory: a layer's values and tangents
+of one piece of the batch, and K directions.
 
 Exact top, b blocks: the network is cut below its last b blocks, 0 before the head. Reverse mode above the cut gives the
 gradient there and delta = d loss / d h; the rest follows from the tangents at the cut, c_k = <delta, dh_k>. The same
@@ -14,13 +15,16 @@ above the cut; memory: their activations, or with `checkpoint` b hidden states a
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from spryfl import noise
 from spryfl.estimators import cuts, terms
+from spryfl.estimators.pieces import summed
 from spryfl.jvp import jvp
-from spryfl.types import Batch, Cut, Estimate, Estimator, Features, LossFn, Params, Passes
+from spryfl.types import Batch, Cut, Estimate, Estimator, Features, LossFn, Params, Passes, Piece
 
 
 def forward(
@@ -60,23 +64,35 @@ def forward(
         raise ValueError("checkpoint has no effect with exact_top = 0: no block is run backwards. Remove it.")
 
     def estimate(loss_fn: LossFn, params: Params, batch: Batch, seed: int) -> Estimate:
-        cut = loss_fn.cut(batch, seed, exact_top, checkpoint) if exact_head or exact_top else None
-        inside, above = cuts.split(cut, params) if cut else (dict(params), {})
+        pieces, exact = loss_fn.pieces(batch, seed), exact_head or exact_top
+        at = [loss_fn.cut(one.batch, one.seed, exact_top, checkpoint) for one in pieces] if exact else []
+        inside, above = cuts.split(at[0], params) if at else (dict(params), {})
         count = directions if inside else 0
         seeds = terms.chosen(seed, count, inside, distribution, candidates, loss_fn.guide)
         drawn = noise.stack(seeds, inside, distribution) if seeds else {}
-        if cut is None:
-            loss, slopes = jvp(lambda p: loss_fn(p, batch, seed), params, drawn, chunk=chunk or None)
-            dense: Params = {}
-        else:
-            loss, slopes, dense = _through_cut(cut, params, above, drawn, chunk)
-        kept = terms.guarded(slopes.tolist(), clip)
+
+        def linear(piece: Piece) -> _Slopes:
+            if at:
+                return _through_cut(at[piece.number], params, above, drawn, chunk)
+            loss, slopes = jvp(lambda p: loss_fn(p, piece.batch, piece.seed), params, drawn, chunk=chunk or None)
+            return _Slopes(float(loss), slopes.tolist(), {})
+
+        loss, slopes, dense = summed(pieces, linear)
+        kept = terms.guarded(slopes, clip)
         made = terms.made(seeds, kept.mean(), tuple(inside), distribution)
         runs = -(-count // chunk) if chunk and count else 1
-        passes = _passes(cut.share if cut else 0.0, runs, count, checkpoint)
-        return Estimate(float(loss), dense, made, passes, kept.scalars)
+        passes = _passes(at[0].share if at else 0.0, runs, count, checkpoint)
+        return Estimate(loss, dense, made, passes, kept.scalars)
 
     return estimate
+
+
+class _Slopes(NamedTuple):
+    """What is linear in the loss."""
+
+    loss: float
+    slopes: list[float]  # c_k
+    dense: dict[str, Tensor]  # the exact gradient above the cut
 
 
 def _passes(share: float, runs: int, tangents: int, checkpoint: bool) -> Passes:
@@ -85,13 +101,13 @@ def _passes(share: float, runs: int, tangents: int, checkpoint: bool) -> Passes:
     return Passes() + Passes(runs * (1 - share) + above, tangents * (1 - share), share)
 
 
-def _through_cut(cut: Cut, params: Params, above: Params, drawn: Params, chunk: int) -> tuple[Tensor, Tensor, Params]:
+def _through_cut(cut: Cut, params: Params, above: Params, drawn: Params, chunk: int) -> _Slopes:
     """The loss, c_k = <delta, d features_k> for each direction, and the exact gradient above."""
     features, tangents = _features(cut, params, drawn, chunk)
     exact = cuts.reverse(cut, params, above, features)
     used = [(delta, t) for delta, t in zip(exact.deltas, tangents, strict=True) if delta is not None]
     slopes = sum(((t * delta).flatten(1).sum(1) for delta, t in used), start=torch.zeros(()))
-    return exact.loss, slopes if drawn else torch.zeros(0), exact.dense
+    return _Slopes(float(exact.loss), slopes.tolist() if drawn else [], exact.dense)
 
 
 def _features(cut: Cut, params: Params, drawn: Params, chunk: int) -> tuple[Features, Features]:

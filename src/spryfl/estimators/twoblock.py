@@ -15,7 +15,8 @@ Cost in forward passes F, f2 the part of the blocks in block 2, f1 = 1 - f2 (jvp
 With a budget the numbers are chosen in the call: after P1 + P2 pilot directions the rest is dealt by P2/P1 =
 sqrt((d2 E2 / f2) / (d1 E1)), E_b the mean c_b^2, which makes the estimate's error least. Pilot and rest are averaged
 with weights fixed beforehand, so that the estimate stays unbiased though the numbers depend on the pilot's scalars.
-Memory: an inference pass and two hidden states; jvp: as many tangents as directions.
+Memory: an inference pass of one piece of the batch and two hidden states; jvp: as many tangents as directions; with a
+budget the hidden state of the whole batch.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ from torch import Tensor
 
 from spryfl import noise, tree
 from spryfl.estimators import cuts, terms
+from spryfl.estimators.pieces import summed
 from spryfl.jvp import jvp
-from spryfl.types import Batch, Cut, Directional, Estimate, Estimator, Features, LossFn, Params, Passes, Scalars
+from spryfl.types import Batch, Cut, Directional, Estimate, Estimator, Features, LossFn, Params, Passes, Piece, Scalars
 
 PAIRINGS = ("joint", "decoupled")
 SCHEMES = ("central", "forward", "jvp")
@@ -73,7 +75,9 @@ def two_block(
     terms.check(min(p1, p2), distribution, clip)
 
     def estimate(loss_fn: LossFn, params: Params, batch: Batch, seed: int) -> Estimate:
-        run = _Run(loss_fn.cut(batch, seed, top), params, scheme, mu)
+        pieces = loss_fn.pieces(batch, seed)
+        at = [loss_fn.cut(one.batch, one.seed, top) for one in pieces]
+        run = _Run(pieces, at, params, scheme, mu, bool(budget))
         sizes = [tree.size(block) for block in run.blocks]
         law = _Law(seed, distribution, clip)
         if not all(sizes):
@@ -227,21 +231,35 @@ def _directions(run: _Run, law: _Law, plan: _Plan, seeds: Sequence[int]) -> Call
     return lambda k: held[k]
 
 
+class _Work(NamedTuple):
+    """What one piece adds to a plan: all of it linear in the loss, or the same for every piece."""
+
+    base: float  # the loss at the point itself, where it is known
+    losses: list[list[float]]  # of each pair, at each of its sides
+    slopes: list[float]  # of each pair, where tangents give it
+    value: float  # passes
+    tangent: float
+
+
 class _Run:
     """The two blocks of one batch, and an account of what was run."""
 
-    def __init__(self, cut: Cut, params: Params, scheme: str, mu: float) -> None:
-        self.cut, self.params, self.scheme, self.mu = cut, params, scheme, mu
-        self.blocks = cuts.split(cut, params)
+    def __init__(
+        self, pieces: Sequence[Piece], at: Sequence[Cut], params: Params, scheme: str, mu: float, again: bool
+    ) -> None:
+        self.pieces, self.at, self.params, self.scheme, self.mu = pieces, at, params, scheme, mu
+        self.again = again  # another plan comes, for which block 1's answers at the point itself are kept
+        self.share = at[0].share
+        self.blocks = cuts.split(at[0], params)
         self.value = self.tangent = 0.0
         self.losses: list[float] = []
-        self.h0: Features | None = None  # block 1's answer at the point itself
+        self.h0: dict[int, Features] = {}  # by the piece's number
         self.sides = (mu, -mu) if scheme == "central" else (mu,)
 
     def costs(self) -> tuple[float, tuple[float, float]]:
         """Passes of "decoupled": once, and for each direction of either block."""
         each = 2.0 if self.scheme == "central" else 1.0
-        return 1 - self.cut.share if self.scheme == "central" else 1.0, (each, each * self.cut.share)
+        return 1 - self.share if self.scheme == "central" else 1.0, (each, each * self.share)
 
     def mean_loss(self) -> float:
         """The loss at the point itself, or the mean over the sides of the differences, finite ones alone."""
@@ -249,42 +267,51 @@ class _Run:
         return sum(finite) / len(finite) if finite else math.nan
 
     def slopes(self, plan: _Plan, direction: Callable[[int], Params]) -> list[float]:
-        """The directional derivative of each pair."""
-        return (self._exact if self.scheme == "jvp" else self._differences)(plan, direction)
+        """The directional derivative of each pair, from the sums over all pieces."""
+        linear = self._exact if self.scheme == "jvp" else self._differences
+        work = summed(self.pieces, lambda piece: linear(piece, plan, direction))
+        self.value += work.value
+        self.tangent += work.tangent
+        if self.scheme == "central":
+            self.losses += itertools.chain(*work.losses)
+            return [(up - down) / (2 * self.mu) for up, down in work.losses]
+        if self.scheme == "jvp" or not self.losses:
+            self.losses.append(work.base)
+        return work.slopes or [(loss - self.losses[0]) / self.mu for (loss,) in work.losses]
 
-    def _hidden(self, shift: Params, step: float) -> Features:
-        self.value += 1 - self.cut.share
-        return cuts.answers(self.cut, {**self.params, **_moved(self.params, shift, step)})
+    def _hidden(self, cut: Cut, shift: Params, step: float) -> Features:
+        return cuts.answers(cut, {**self.params, **_moved(self.params, shift, step)})
 
-    def _loss(self, hidden: Features, shift: Params, step: float) -> float:
-        self.value += self.cut.share
+    def _loss(self, cut: Cut, hidden: Features, shift: Params, step: float) -> float:
         with torch.no_grad():
-            return float(self.cut.head({**self.params, **_moved(self.params, shift, step)}, hidden))
+            return float(cut.head({**self.params, **_moved(self.params, shift, step)}, hidden))
 
-    def _differences(self, plan: _Plan, direction: Callable[[int], Params]) -> list[float]:
-        if self.h0 is None and (self.scheme == "forward" or any(first is None for first, _ in plan.pairs)):
-            self.h0 = self._hidden({}, 0.0)
-        h0 = self.h0 or ()
+    def _differences(self, piece: Piece, plan: _Plan, direction: Callable[[int], Params]) -> _Work:
+        cut, h0, lower, upper = self.at[piece.number], self.h0.get(piece.number), 0, 0
+        if h0 is None and (self.scheme == "forward" or any(first is None for first, _ in plan.pairs)):
+            h0, lower = self._hidden(cut, {}, 0.0), 1
+            if self.again:
+                self.h0[piece.number] = h0
+        base = 0.0
         if self.scheme == "forward" and not self.losses:
-            self.losses.append(self._loss(h0, {}, 0.0))
-        slopes, hidden, last = [], [h0] * len(self.sides), None
+            base, upper = self._loss(cut, h0 or (), {}, 0.0), 1
+        losses, hidden, last = [], [h0 or ()] * len(self.sides), None
         for first, second in plan.pairs:
             if first != last:  # block 1 runs once for each of its directions and sides
                 along = direction(first) if first is not None else {}
-                hidden = [self._hidden(along, side) if along else h0 for side in self.sides]
+                hidden = [self._hidden(cut, along, side) if along else h0 or () for side in self.sides]
+                lower += len(self.sides) if along else 0
                 last = first
             along = direction(second) if second is not None else {}
-            losses = [self._loss(h, along, side) for h, side in zip(hidden, self.sides, strict=True)]
-            if self.scheme == "central":
-                self.losses += losses
-            other = losses[1] if self.scheme == "central" else self.losses[0]
-            slopes.append((losses[0] - other) / (self.mu * len(losses)))
-        return slopes
+            losses.append([self._loss(cut, h, along, side) for h, side in zip(hidden, self.sides, strict=True)])
+        upper += len(self.sides) * len(plan.pairs)
+        return _Work(base, losses, [], lower * (1 - self.share) + upper * self.share, 0.0)
 
-    def _exact(self, plan: _Plan, direction: Callable[[int], Params]) -> list[float]:
+    def _exact(self, piece: Piece, plan: _Plan, direction: Callable[[int], Params]) -> _Work:
         """One run of both blocks for all pairs: tangents of h by the directions of block 1, then all of them on."""
+        cut = self.at[piece.number]
         firsts = [k for k, block in enumerate(plan.blocks) if block == 0]
-        hidden, tangents = self._tangents([direction(k) for k in firsts])
+        hidden, tangents = self._tangents(cut, [direction(k) for k in firsts])
         rows = [firsts.index(first) if first is not None else len(firsts) for first, _ in plan.pairs]
         names = [f"feature {i}" for i in range(len(hidden))]
         along: dict[str, Tensor] = {}
@@ -296,20 +323,16 @@ class _Run:
             none = torch.zeros_like(value, dtype=torch.float32)
             along[name] = torch.stack([one.get(name, none) for one in seconds])
         point = {**self.params, **dict(zip(names, hidden, strict=True))}
-        head = lambda p: self.cut.head(tree.without(p, names), tuple(p[name] for name in names))  # noqa: E731
+        head = lambda p: cut.head(tree.without(p, names), tuple(p[name] for name in names))  # noqa: E731
         loss, slopes = jvp(head, point, along)
-        self.value += self.cut.share
-        self.tangent += self.cut.share * len(rows)
-        self.losses.append(float(loss))
-        return slopes.tolist()
+        lower, upper = len(firsts) * (1 - self.share), len(rows) * self.share
+        return _Work(float(loss), [], slopes.tolist(), 1.0, lower + upper)
 
-    def _tangents(self, drawn: Sequence[Params]) -> tuple[Features, Features]:
-        self.value += 1 - self.cut.share
-        self.tangent += (1 - self.cut.share) * len(drawn)
+    def _tangents(self, cut: Cut, drawn: Sequence[Params]) -> tuple[Features, Features]:
         if drawn:
             stacked = {name: torch.stack([one[name] for one in drawn]) for name in self.blocks[0]}
-            return jvp(self.cut.trunk, self.params, stacked)
-        hidden = cuts.answers(self.cut, self.params)
+            return jvp(cut.trunk, self.params, stacked)
+        hidden = cuts.answers(cut, self.params)
         return hidden, tuple(h.new_zeros((0, *h.shape)) for h in hidden)
 
 

@@ -23,7 +23,7 @@ from torch.overrides import resolve_name
 
 from . import attention, rules_linear, rules_norm, rules_pointwise, rules_product  # noqa: F401  (they fill the table)
 from .fallback import stock
-from .registry import CONSTANT, RULES, Op, table
+from .registry import CONSTANT, OWN, RULES, Op, table
 
 FORMS = table((*RULES, *CONSTANT))
 IN_PLACE = {form: name for name in RULES for form in table([f"{name}_", f"__i{name}__"])}
@@ -134,7 +134,7 @@ def derive(func: Callable[..., Any], name: str | None, args: tuple[Any, ...], kw
     ]
     op = Op(func, directions)
     try:
-        body = RULES.get(name or str(func))  # an operator of a library goes by its qualified name
+        body = OWN.get(func) or RULES.get(name or str(func))  # a library's operator goes by its qualified name
         if body is None:
             raise NotImplementedError
         y, push = body(op, *point, **named)

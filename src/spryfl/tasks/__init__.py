@@ -17,7 +17,7 @@ from spryfl.tasks.multirc import multirc
 from spryfl.tasks.prompted import prompted, prompted_choice
 from spryfl.tasks.question_answering import question_answering
 from spryfl.tasks.record import AT, OF, TARGETS, Rows, Task
-from spryfl.tasks.rows import by_length, collate, encode, inputs, shuffled
+from spryfl.tasks.rows import by_length, collate, count, encode, inputs, parts, shuffled
 
 TASKS: dict[str, Callable[..., Task]] = {
     "classification": classification,
@@ -55,7 +55,9 @@ __all__ = [
     "by_length",
     "classification",
     "collate",
+    "count",
     "encode",
     "inputs",
+    "parts",
     "shuffled",
 ]

@@ -56,6 +56,25 @@ def _column(values: Sequence[Any], pad: int) -> Tensor:
     return torch.tensor([[*row, *[pad] * (longest - len(row))] for row in values])
 
 
+def count(batch: Batch) -> int:
+    """The rows of a batch, of one sequence each or of several."""
+    return int(batch[OF][-1]) + 1 if OF in batch else len(next(iter(batch.values())))
+
+
+def parts(batch: Batch, rows: int) -> list[Batch]:
+    """A batch in parts of at most so many rows, in order; the sequences of a row stay together, padding stays."""
+    total = count(batch)
+    if total <= rows:
+        return [batch]
+    of = batch[OF] if OF in batch else torch.arange(total)
+    made: list[Batch] = []
+    for first in range(0, total, rows):
+        begin, end = (int(torch.searchsorted(of, edge)) for edge in (first, first + rows))
+        part = {name: value[begin:end] for name, value in batch.items()}
+        made.append({**part, OF: part[OF] - first} if OF in batch else part)
+    return made
+
+
 def inputs(batch: Batch) -> dict[str, Tensor]:
     """What of a batch the model is given: all but the targets."""
     return {name: value for name, value in batch.items() if not name.startswith(TARGETS)}

@@ -1,0 +1,182 @@
+"""Commands that train: `spryfl run | compare | resume`. An interruption leaves what was finished, and exit code 130."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from spryfl.commands import Config, Data, Device, Method, Runs, Seed, Set, Threads, app, changed_by, err, out
+from spryfl.screen import Screen, Turns, head, table
+
+if TYPE_CHECKING:
+    from spryfl.compare import Comparison
+    from spryfl.config import Experiment
+
+
+@app.command()
+def run(
+    config: Config = None,
+    method: Method = None,
+    data: Data = None,
+    model: Annotated[str | None, typer.Option(help="A local folder, a hub name, or minilm.")] = None,
+    task: Annotated[str | None, typer.Option(help="classification, prompted, question_answering ...")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run folder; made up and numbered without it.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Rounds.")] = None,
+    clients: Annotated[int | None, typer.Option(help="Clients in all.")] = None,
+    cohort: Annotated[int | None, typer.Option(help="Clients a round.")] = None,
+    text: Annotated[str | None, typer.Option(help="Column of the text.")] = None,
+    label: Annotated[str | None, typer.Option(help="Column of the label.")] = None,
+    seed: Seed = None,
+    device: Device = None,
+    threads: Threads = None,
+    set_: Set = None,
+    runs: Runs = Path("runs"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")] = False,
+) -> None:
+    """Finetune. Without --config, --method, --data or --model: the quickstart, on English that every machine has."""
+    from spryfl import config as settings
+
+    flags = {
+        "method.name": method,
+        "task.kind": task,
+        "data.name": data,
+        "data.text": text,
+        "data.label": label,
+        "model.name": model,
+        "train.rounds": rounds,
+        "train.cohort": cohort,
+        "partition.clients": clients,
+        "seed": seed,
+        "device": device,
+        "threads": threads,
+        "name": name,
+    }
+    changes = changed_by(flags, set_)
+    if not (config or method or data or model):
+        config = settings.QUICKSTART
+    experiment = settings.Experiment.load(config, changes)
+    if dry_run:
+        print(experiment.toml(), end="")
+        return
+    named = "name" in experiment.model_fields_set
+    folder = runs / experiment.name if named else _free(runs / experiment.name)
+    if folder.exists():
+        raise ValueError(f"the run folder {folder} is there already. Choose another --name, or: spryfl resume {folder}")
+    _go(experiment, folder, fresh=True)
+
+
+@app.command("compare")
+def compare_(
+    config: Config = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Labels, with commas: spry,fedavg. Or those of [compare].")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds, with commas: 0,1,2. Or those of [compare].")] = None,
+    folder: Annotated[Path | None, typer.Option("--out", help="Its folder; made up without it.")] = None,
+    set_: Set = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="The table alone.")] = False,
+) -> None:
+    """Several methods on the same data, seeds and budget, by turns: one table, one picture. Again: it goes on."""
+    from spryfl import compare
+    from spryfl import config as settings
+
+    given = settings.merge(settings.read(config or settings.QUICKSTART), changed_by({}, set_))
+    labels = [word.strip() for word in (methods or "").split(",") if word.strip()]
+    comparison = compare.parse(given, labels, compare.numbers(seeds or ""))
+    _compare(comparison, folder or Path("runs") / f"compare-{(config or settings.QUICKSTART).stem}", quiet)
+
+
+@app.command()
+def resume(folder: Annotated[Path, typer.Argument(help="The folder of a run or of a comparison.")]) -> None:
+    """Go on with what was stopped or killed; it ends in the same bits as if it had not been."""
+    from spryfl import compare, journal
+    from spryfl.config import Experiment
+
+    if (folder / compare.FILE).is_file():
+        _compare(compare.begun(folder), folder)
+    else:
+        _go(Experiment.load(journal.open_folder(folder).folder / "config.toml"), folder, fresh=False)
+
+
+def _go(experiment: Experiment, folder: Path, fresh: bool) -> None:
+    """Prepares and runs an experiment, with what the screen shows."""
+    import torch
+
+    from spryfl import api, job
+
+    if experiment.threads:
+        torch.set_num_threads(experiment.threads)
+    with out.status("reading data and model"):
+        made = api.prepared(experiment)
+        opened, state, progress = job.begin(made, folder) if fresh else job.resume(made, folder)
+    try:
+        with job.cancelling(opened):
+            head(out, made, folder)
+        with job.cancelling(opened), Screen(out, made.plan.rounds, made.plan.metric) as screen:
+            for record, _ in job.run(made, opened, state, progress):
+                screen.show(record)
+    except KeyboardInterrupt:
+        err.print(f"\nstopped; the finished rounds are safe. Go on with: spryfl resume {folder}", soft_wrap=True)
+        raise typer.Exit(130) from None
+    _tail(folder)
+
+
+def _compare(comparison: Comparison, folder: Path, quiet: bool = False) -> None:
+    """Runs a comparison, with what the screen shows."""
+    from spryfl import compare
+
+    each = f"{len(comparison.labels)} methods x {len(comparison.seeds)} seeds"
+    screen = Turns(Console(quiet=True) if quiet else out, comparison.labels, compare.metric(comparison))
+    try:
+        if not quiet:
+            out.print(f"folder  {folder}: {each}\n", soft_wrap=True)
+        with contextlib.closing(compare.turns(comparison, folder)) as turns, screen:
+            for turn in turns:
+                screen.show(*turn)
+    except KeyboardInterrupt:
+        begun = f"the finished rounds are safe. Go on with: spryfl resume {folder}"
+        err.print(f"\nstopped; {begun if folder.exists() else 'nothing was begun.'}", soft_wrap=True)
+        raise typer.Exit(130) from None
+    compared(folder)
+
+
+def compared(folder: Path, to: Path | None = None) -> None:
+    """The table and the picture of a comparison as it stands, written and shown."""
+    from spryfl import pictures
+    from spryfl import report as reports
+
+    compared = reports.write_tables(folder)
+    pictures.comparison(compared, to or folder / "compare.png")
+    table(out, *reports.summary(compared.groups))
+    said = [f"note    {line}" for line in reports.notes(compared)]
+    places = [f"table   {folder / 'table.md'}", f"picture {to or folder / 'compare.png'}"]
+    out.print("\n".join(said + places), soft_wrap=True)
+
+
+def _tail(folder: Path) -> None:
+    """After the last round: what was learned, where it lies, what to try next."""
+    from spryfl import pictures
+    from spryfl import report as reports
+
+    run_ = reports.read(folder)
+    pictures.curves([run_], folder / "curves.png")
+    name, (first, *_, last) = reports.metric(run_), reports.scored(run_) * 2
+    out.print(
+        f"\n{name} on the untouched test rows: {first[name]:.4f} before, {last[name]:.4f} after "
+        f"{run_.records[-1]['round']} rounds (best {last['best']:.4f} in round {last['best_round']})",
+        soft_wrap=True,
+    )
+    out.print(f"adapter {folder / 'adapter'}\npicture {folder / 'curves.png'}", soft_wrap=True)
+    out.print(
+        f'next    spryfl predict {folder} "a sentence of yours"\n        spryfl run --method fedavg', soft_wrap=True
+    )
+
+
+def _free(folder: Path) -> Path:
+    """The folder itself, or the first numbered one beside it that is free."""
+    candidates = [folder, *(folder.with_name(f"{folder.name}-{i}") for i in range(2, 10_000))]
+    return next(one for one in candidates if not one.exists())

@@ -1,0 +1,53 @@
+"""What a result must carry of where it was made: versions, hardware, threads, commit, date. Costs two calls of git."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGES = ("spryfl", "torch", "transformers", "peft", "datasets", "tokenizers")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, hardware, threads and commit."""
+    return {
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "hardware": {"machine": platform.machine(), "system": platform.system(), "device": _named(device)},
+        "threads": torch.get_num_threads(),
+        "commit": _commit(),
+    }
+
+
+def now() -> str:
+    """The time, UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _commit() -> str:
+    """The commit of the source tree, if the package runs from one."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        return git("rev-parse", "HEAD") if git("ls-files", __file__) else ""
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def _named(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type
