@@ -1,8 +1,8 @@
 """Who is connected, what each node says of itself, and which client it plays.
 
 Where nodes hold data of their own, client i is the node whose partition-id is i; else any node can play any client, and
-client i sits on node i modulo their number. Of two nodes with one partition-id the newer counts: the other may be left by
-a restart. Nobody waits for a greeting but the start of a run; a node that comes later takes part once it has
+client i sits on node i modulo their number. Of two nodes with one partition-id the newer counts: the other may be left
+by a restart. Nobody waits for a greeting but the start of a run; a node that comes later takes part once it has
 answered. Cost: one small message a node, and none in a simulation.
 """
 
