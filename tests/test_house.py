@@ -27,6 +27,7 @@ RANKS: list[list[str]] = [
     ["loss", "costs", "opened"],
     ["models", "config", "journal"],
     ["client", "server", "packing", "footprint"],
+    ["figures"],
     ["train"],
     ["engines", "testing"],
     ["job"],

@@ -232,6 +232,7 @@ def test_a_private_run_that_was_cut_off_ends_in_the_same_bits(tiny, reviews, tmp
     ("changes", "said"),
     [
         ({"method": {"name": "fedavg", "aggregate": "median"}}, "aggregate"),
+        ({"method": {"name": "spry", "aggregate": {"weigh": "variance"}}}, "weigh"),
         ({"method": {"name": "alone"}}, "sharing"),
         ({"method": {"name": "fedkseed"}}, "pool"),
         ({"method": {"name": "spry_per_iteration"}}, "scalars"),
