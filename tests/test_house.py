@@ -27,7 +27,7 @@ RANKS: list[list[str]] = [
     ["loss", "costs", "opened", "named"],
     ["models", "config", "journal"],
     ["client", "server", "packing"],
-    ["footprint"],
+    ["footprint", "figures"],
     ["train", "plan"],
     ["sizing"],
     ["engines", "testing"],
