@@ -120,9 +120,13 @@ def test_merging_an_adapter_into_a_packed_model_is_refused():
         made.module.merge_and_unload()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("kind", "family"), [*(("bert", one) for one in adapters.ADAPTERS), ("roberta", "lora"), ("llama", "lora")]
+    ("kind", "family", "dtype"),
+    [
+        *(("bert", one, torch.bfloat16) for one in adapters.ADAPTERS),
+        *((kind, "lora", torch.bfloat16) for kind in ("roberta", "llama")),
+        *(("bert", one, torch.float16) for one in ("lora", "bitfit")),
+    ],
 )
 def test_half_precision_below_float32_adapters_and_head(kind, family, dtype):
     """Forward mode and both ways of backprop, to the precision of what lies below; loss and gradients are float32."""
@@ -219,9 +223,10 @@ def test_other_blocks_are_refused():
         adopt(model)
 
 
-@pytest.mark.parametrize("method", ["spry", "fedavg"])
-@pytest.mark.parametrize("kind", ["bfloat16", *BITS])
-def test_finetune_takes_such_a_model(kind, method, small, reviews):
+@pytest.mark.parametrize(
+    ("kind", "method"), [*((kind, "spry") for kind in ("bfloat16", *BITS)), ("bfloat16", "fedavg"), ("8", "fedavg")]
+)
+def test_finetune_takes_such_a_model(kind, method, small, reviews, tmp_path):
     if kind == "bfloat16":
         model = AutoModelForSequenceClassification.from_pretrained(small, num_labels=2, dtype=torch.bfloat16)
     else:
@@ -229,13 +234,16 @@ def test_finetune_takes_such_a_model(kind, method, small, reviews):
     made = spryfl.finetune(
         model, str(reviews), tokenizer=AutoTokenizer.from_pretrained(small), method=method,
         adapter={"kind": "lora", "targets": ["query", "value"]}, partition={"clients": 4},
-        train={"rounds": 2, "cohort": 2, "batch_size": 4, "steps": 1},
+        train={"rounds": 2, "cohort": 2, "batch_size": 4, "steps": 1}, folder=tmp_path / "run",
     )  # fmt: skip
     assert len(made.records) == 3
     assert all(torch.isfinite(value).all() for value in made.params.values())
     plain = made.model.module.get_base_model().classifier.modules_to_save["default"]
     assert type(plain) is nn.Linear
     assert plain.weight.dtype == torch.float32
+    names = made.model.labels
+    again = models.prepare(*models.load(str(small), names), names, str(tmp_path / "run" / "adapter"))
+    assert all(torch.equal(again.params[name], value) for name, value in made.params.items())
 
 
 @pytest.mark.parametrize("precision", ["8bit", "float32"])
@@ -292,9 +300,11 @@ def test_differences_need_no_derivative():
     firstbatch.check(found, Staircase(), {"w": torch.ones(3)}, {})
 
 
-def test_an_ordinary_model_is_not_doubted(tiny):
-    made = models.prepare(*models.load(str(tiny), ("a", "b")), ("a", "b"), adapters.lora())
-    assert not models.foreign(made)
+def test_what_is_doubted():
+    plain, ours = opened("bert"), put_packed(opened("bert"), "8bit")[0]
+    assert not any(map(adapters.foreign, [*plain.modules(), *ours.modules()]))
+    plain.bert.pooler.dense.weight = nn.Parameter(Foreign(torch.ones(6, 5, dtype=torch.int8), 0.1), requires_grad=False)
+    assert sum(map(adapters.foreign, plain.modules())) == 1
 
 
 class Foreign(torch.Tensor):
@@ -338,6 +348,7 @@ def test_a_weight_that_multiplies_itself_has_its_tangents():
         torch.testing.assert_close(found, truth)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize(
     ("name", "works"),

@@ -18,8 +18,10 @@ GROUPS = (
     "training",
     "tables",
     "answers",
+    "planning",
     "profiling",
     "packing",
+    "flower",
 )
 for _group in GROUPS:
     importlib.import_module(f"spryfl.commands.{_group}")

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from spryfl.choices import Method, build, builder
 from spryfl.costs import Step, passes, step_flops, work
-from spryfl.footprint import Footprint, Outline, footprint, shapes
+from spryfl.footprint import Footprint, Outline, footprint, held, peak, shapes
 from spryfl.server import deal
 from spryfl.types import Passes, Unit
 
@@ -72,13 +72,26 @@ class Client:
         return shapes(self.of)._replace(rows=self.rows, tokens=self.tokens)
 
     def footprint(self, setting: Setting) -> Footprint:
-        """What a setting holds."""
+        """What a setting holds, by part."""
         own: dict[str, Any] = {"micro_batch": setting.micro_batch, "stream": setting.stream}
         return footprint(self.of, setting.method, self.mine, rows=self.rows, tokens=self.tokens, **own)
 
+    def need(self, setting: Setting) -> int:
+        """What a setting holds; where the model alone is above the budget, no step is run for that."""
+        idle = held(self.of, setting.stream).total
+        if self.budget and idle > self.budget:
+            return idle
+        own: dict[str, Any] = {"micro_batch": setting.micro_batch, "stream": setting.stream}
+        return peak(self.of, setting.method, self.mine, rows=self.rows, tokens=self.tokens, **own)
+
     def fits(self, setting: Setting) -> bool:
         """Whether a setting stays below the budget; any does where there is none."""
-        return not self.budget or self.footprint(setting).total <= self.budget
+        return not self.budget or self.need(setting) <= self.budget
+
+    @property
+    def least(self) -> Setting:
+        """What takes least of a method, but for the method itself."""
+        return Setting(Method(""), 1 if self.rows > 1 else 0, self.stream)
 
     def planned(self, setting: Setting) -> Planned:
         """A setting with all that is foretold of it."""
@@ -139,10 +152,23 @@ def fitting(
         ValueError: nothing fits; it says the smallest need and what would lower it.
     """
     client = Client(of, mine, rows, tokens, clients, budget, stream)
-    tried = ranked([client.planned(one) for way in ways(method, of) for one in placed(client, way)])
-    if not tried[0].fits:
-        raise ValueError(too_small(client, tried))
-    return tried[0]
+    tried = []
+    for way in by_score(client, ways(method, of)):
+        for setting in placed(client, way):
+            tried.append(setting)
+            if client.fits(setting):
+                return client.planned(setting)
+    raise ValueError(too_small(client, tried))
+
+
+def by_score(client: Client, methods: Sequence[Method]) -> list[Method]:
+    """Methods by their score alone, which hangs on no memory."""
+
+    def score(method: Method) -> float:
+        step = work(method, client.shapes)(client.mine)
+        return progress(step, client.mine, client.clients) / step_flops(client.shapes, step, client.mine) if step else 0
+
+    return sorted(methods, key=lambda method: -score(method))
 
 
 def ranked(rows: Sequence[Planned]) -> list[Planned]:
@@ -180,30 +206,25 @@ def variants(method: Method, of: Outline) -> list[Method]:
         out += [replace(method, estimator={**own, "chunk": 1})]
     if "exact_head" in known and method.head != "exact":
         out += [replace(method, head="exact")]
-    if "exact_top" in known and not own.get("exact_top"):
-        tops = sorted({-(-of.layers * share // 4) for share in (1, 2, 3)} - {0, of.layers})
-        out += [replace(method, estimator={**own, "exact_top": top, "checkpoint": True}) for top in tops]
+    if "exact_top" in known and not own.get("exact_top") and of.layers > 1:
+        top = 3 * of.layers // 4 or 1  # `placed` makes it as low as a budget asks
+        out += [replace(method, estimator={**own, "exact_top": top, "checkpoint": True})]
     return out
 
 
 def placed(client: Client, method: Method) -> Iterator[Setting]:
     """How a method is run by a client: as it is where that fits, else with what takes less, the cheapest first.
 
-    Smaller micro-batches cost next to nothing; streaming costs reading; a top of fewer exact blocks costs progress. One
-    that cannot be on this model is left out.
+    Smaller micro-batches cost next to nothing; streaming costs reading; a top of fewer exact blocks costs progress.
+    Where nothing fits it is what takes least. A method that cannot be on this model is left out.
     """
     try:
-        whole = Setting(method)
-        if client.fits(whole):
-            yield whole
-            return
-        dialled = _dialled(client, method)
-        for stream in (False, True) if client.stream else (False,):
-            pieces = _pieces(client, Setting(dialled, 0, stream))
-            if pieces is not None:
-                yield pieces
-                return
-        yield Setting(dialled, 1 if client.rows > 1 else 0, client.stream)
+        least = client.least._replace(method=method)
+        if not client.fits(least):
+            least = least._replace(method=_dialled(client, method))
+        streams = (False, True) if client.stream else (False,)
+        found = (_pieces(client, least._replace(stream=stream)) for stream in streams)
+        yield next((one for one in found if one is not None), least)
     except ValueError as error:
         if "cut" not in str(error) and "read below" not in str(error):
             raise
@@ -221,27 +242,32 @@ def _dialled(client: Client, method: Method) -> Method:
     low, high = 1, top
     while low < high:
         middle = -(-(low + high) // 2)
-        if client.fits(Setting(at(middle), 1 if client.rows > 1 else 0, client.stream)):
+        if client.fits(client.least._replace(method=at(middle))):
             low = middle
         else:
             high = middle - 1
     return at(low)
 
 
-def _pieces(client: Client, whole: Setting) -> Setting | None:
-    """The largest micro-batch that fits: the whole batch, its half, ... one row. None where not even that does."""
-    if client.fits(whole):
-        return whole
-    sizes = [size for size in (client.rows >> shift for shift in range(1, client.rows.bit_length())) if size]
-    if not sizes or not client.fits(whole._replace(micro_batch=sizes[-1])):
+def _pieces(client: Client, least: Setting) -> Setting | None:
+    """The largest micro-batch that fits: the whole batch, its half, ... one row. None where not even that does.
+
+    What k rows take is at most k times what one takes, so what that bound allows needs no run.
+    """
+    if not client.budget:
+        return least._replace(micro_batch=0)
+    if not client.fits(least):
         return None
-    # A peak is at most what a straight line from one row to all of them gives, as it is the largest of several lines.
-    ends = [client.footprint(whole._replace(micro_batch=size)).total for size in (sizes[-1], 0)]
+    idle = held(client.of, least.stream).total
+    each = client.need(least) - idle
+    sizes = [0, *(client.rows >> shift for shift in range(1, client.rows.bit_length()))]
     for size in sizes:
-        line = ends[0] + (ends[1] - ends[0]) * (size - sizes[-1]) / (client.rows - sizes[-1])
-        if line <= client.budget:
-            return whole._replace(micro_batch=size)
-    return whole._replace(micro_batch=sizes[-1])
+        whole = least._replace(micro_batch=size)
+        if idle + (size or client.rows) * each <= client.budget or size == 1 or (not size and client.rows == 1):
+            return whole
+        if idle + 0.8 * (size or client.rows) * each <= client.budget and client.fits(whole):
+            return whole
+    return least
 
 
 def heaviest(method: Method, of: Outline, cohort: int) -> tuple[Unit, ...]:
@@ -250,9 +276,11 @@ def heaviest(method: Method, of: Outline, cohort: int) -> tuple[Unit, ...]:
     return max(dealt.values(), key=lambda mine: sum(unit.size for unit in mine))
 
 
-def too_small(client: Client, tried: Sequence[Planned]) -> str:
+def too_small(client: Client, tried: Sequence[Setting]) -> str:
     """What to say where nothing fits: the smallest need, where it goes, and what would lower it."""
-    best = min(tried, key=lambda one: one.footprint.total)
+    steps = [(work(one.method, client.shapes)(client.mine), one) for one in tried]
+    cheap = [one for step, one in steps if step and not (step.above.backward or step.below.backward)]
+    best = min(map(client.planned, cheap or tried), key=lambda one: one.footprint.total)
     need, of = best.footprint, client.of
     largest = sorted(zip(need._fields, need, strict=True), key=lambda part: -part[1])[:3]
     parts = ", ".join(f"{name} {shown(size)}" for name, size in largest if size)
@@ -266,8 +294,10 @@ def _lower(client: Client, best: Planned, of: Outline) -> Iterator[str]:
     """What would lower the smallest need, with numbers where they follow."""
     held, step = best.footprint, best.footprint.step
     if of.precision != "4bit":
-        yield f"4 bits, streamed (spryfl pack MODEL DIR, then --model DIR): of the backbone's {shown(held.backbone)} two " \
+        yield (
+            f"4 bits, streamed (spryfl pack MODEL DIR, then --model DIR): of the backbone's {shown(held.backbone)} two "
             "blocks stay"
+        )
     elif not best.setting.stream:
         yield f"streaming: the blocks' {shown(sum(of.blocks))} become {shown(2 * max(of.blocks))}"
     if client.tokens > 1 and step:
@@ -285,7 +315,12 @@ def said(setting: Setting) -> str:
     choice = setting.method.estimator
     kind = getattr(choice["kind"], "__name__", choice["kind"]).replace("_", " ")
     words = [kind]
-    for key, form in (("directions", "K = {}"), ("chunk", "{} at once"), ("exact_top", "exact top {}"), ("top", "top {}")):
+    for key, form in (
+        ("directions", "K = {}"),
+        ("chunk", "{} at once"),
+        ("exact_top", "exact top {}"),
+        ("top", "top {}"),
+    ):
         if choice.get(key):
             words.append(form.format(choice[key]))
     if choice.get("checkpoint"):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ import torch
 from spryfl import assign, ledger, noise, trace, tree, wire
 from spryfl.aggregate import TooFewError
 from spryfl.choices import Built
+from spryfl.privacy import Privacy, PrivateMean, private_mean
 from spryfl.types import CatchUp, Instruction, Ledger, Params, Pool, Round, ServerState, Unit, Update
 
 
@@ -29,7 +30,7 @@ class Refused(NamedTuple):
     note: str = ""  # why nothing moved though there were answers
 
 
-def init(params: Params, method: Built, clients: int) -> ServerState:
+def init(params: Params, method: Built, clients: int, key: int = 0) -> ServerState:
     """The state before the first round. Clients that never share get a copy of the start each."""
     if method.alone:
         params = {_own(client, name): value for client in range(clients) for name, value in params.items()}
@@ -39,6 +40,7 @@ def init(params: Params, method: Built, clients: int) -> ServerState:
         method.server.init(params),
         average=dict(params) if method.average else {},
         ledger=Ledger(origin=dict(params)) if method.seeds.pool else Ledger(),
+        key=key,
     )
 
 
@@ -144,6 +146,7 @@ def finish(
     updates: Iterable[Update],
     method: Built,
     head: frozenset[str] = frozenset(),
+    promised: Privacy | None = None,
 ) -> tuple[ServerState, Refused]:
     """The next state, and which answers changed nothing: one that does not fit its instruction is as if absent.
 
@@ -153,7 +156,9 @@ def finish(
         updates: the answers, in any order.
         method: the method.
         head: names of the head's values, which have a local rate of their own.
+        promised: answers count clipped, in a noisy sum.
     """
+    mean = private_mean(promised, state.key, state.round + 1) if promised else None
     asked = {one.client: one for one in told}
     answers = list(updates)
     failed = {
@@ -171,7 +176,7 @@ def finish(
         asked = {i: one._replace(names=tuple(_own(i, n) for n in one.names)) for i, one in asked.items()}
     note = ""
     try:
-        after = _moved(state, asked, kept, method, head)
+        after = _moved(state, asked, kept, method, head, mean)
     except TooFewError as error:
         after, note = _moved(state, asked, [], method, head), str(error)
     reached = [one for one in told if one.client in {update.client for update in fitting}]
@@ -179,11 +184,16 @@ def finish(
 
 
 def _moved(
-    state: ServerState, asked: Mapping[int, Instruction], kept: Sequence[Update], method: Built, head: frozenset[str]
+    state: ServerState,
+    asked: Mapping[int, Instruction],
+    kept: Sequence[Update],
+    method: Built,
+    head: frozenset[str],
+    mean: PrivateMean | None = None,
 ) -> ServerState:
     """The state after the accepted answers; what moved it stands in the ledger, where clients follow by replay."""
     number = state.round + 1
-    shares = ledger.shares(asked, kept, method, state.params)
+    shares = ledger.shares(asked, kept, method, state.params, mean)
     if method.seeds.pool:
         params, optimizer, book = ledger.pooled(state, shares, method, head)
         grads: Params = {}
@@ -191,7 +201,8 @@ def _moved(
         params, optimizer, grads = ledger.advance(state.params, state.optimizer, shares, method, head)
         book = ledger.recorded(state.ledger, Round(number, shares), params) if method.follows else state.ledger
     average = {name: method.average * v + (1 - method.average) * params[name] for name, v in state.average.items()}
-    return ServerState(number, params, optimizer, average, (grads or state.guide) if method.guide else {}, book)
+    guide = (grads or state.guide) if method.guide else {}
+    return ServerState(number, params, optimizer, average, guide, book, state.key)
 
 
 def _seen(state: ServerState, reached: Iterable[Instruction], method: Built) -> ServerState:
@@ -200,6 +211,12 @@ def _seen(state: ServerState, reached: Iterable[Instruction], method: Built) -> 
         return state
     now = {one.client: 0 if method.seeds.pool else one.round - 1 for one in reached if _keeps(one, method)}
     return state._replace(ledger=state.ledger._replace(seen={**state.ledger.seen, **now}))
+
+
+def forget(state: ServerState, clients: Collection[int]) -> ServerState:
+    """The state in which nothing is thought to be held by these clients: they are sent all values next."""
+    seen = {client: round_ for client, round_ in state.ledger.seen.items() if client not in clients}
+    return state._replace(ledger=state.ledger._replace(seen=seen))
 
 
 def _keeps(told: Instruction, method: Built) -> bool:
@@ -230,8 +247,10 @@ def _unasked(update: Update, told: Instruction, values: Params) -> str:
     names, asked = set(update.params), set(told.names)
     if not names <= asked or (update.trace is None and names != asked):
         return "returns other names than it was told to train"
-    wrong = any(value.shape != values[name].shape for name, value in update.params.items())
-    return "returns other shapes than it was sent" if wrong else ""
+    if any(value.shape != values[name].shape for name, value in update.params.items()):
+        return "returns other shapes than it was sent"
+    wrong = any(value.dtype != values[name].dtype for name, value in update.params.items())
+    return "returns values of another type than it was sent" if wrong else ""
 
 
 def needed(units: Sequence[Unit], method: Built) -> list[Unit]:

@@ -245,3 +245,4 @@ class ServerState(NamedTuple):
     average: Params = _NOTHING  # over the rounds, where the method asks for it
     guide: Params = _NOTHING  # the last pseudo-gradient, where the method sends it
     ledger: Ledger = Ledger()
+    key: int = 0  # of the noise that keeps answers private; never sent

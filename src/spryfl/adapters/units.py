@@ -46,7 +46,7 @@ def plain_head(model: nn.Module) -> None:
     """Makes the linear maps of a head that is to be trained ordinary ones, where a library quantized them too."""
     for head in head_modules(model):
         for path, layer in list(model.get_submodule(head).named_modules(prefix=head)):
-            if isinstance(layer, nn.Linear) and foreign(layer):
+            if isinstance(layer, nn.Linear) and (foreign(layer) or "weight" not in layer._parameters):
                 made = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
                 made.load_state_dict({"weight": _decoded(layer), **_bias(layer)})
                 parent, _, name = path.rpartition(".")
@@ -54,9 +54,9 @@ def plain_head(model: nn.Module) -> None:
 
 
 def foreign(layer: nn.Module) -> bool:
-    """Whether a library keeps this layer's weight in a form of its own, or would: bitsandbytes, torchao, ours."""
+    """Whether a library keeps this layer's weight in a form of its own, or would: bitsandbytes, torchao."""
     weight = layer._parameters.get("weight")
-    known = type(layer).__module__.startswith(("bitsandbytes.", "spryfl.backbone."))
+    known = type(layer).__module__.startswith("bitsandbytes.")
     return known or (weight is not None and type(weight) not in (nn.Parameter, Tensor))
 
 
@@ -91,7 +91,7 @@ def adapted(module: PeftModel) -> Adapted:
         unit = (shared[id(value)], False) if id(value) in shared else _unit_of(name, module.base_model.prefix)
         groups.setdefault(unit, []).append(name)
     for name, value in trainable.items():
-        if own(module, name) or ".modules_to_save." in name:
+        if value.itemsize < 4 and (own(module, name) or ".modules_to_save." in name):
             value.data = value.data.float()
     params = {name: value.detach().float().clone() for name, value in trainable.items()}
     for value in module.parameters():

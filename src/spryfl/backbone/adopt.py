@@ -1,9 +1,9 @@
 """Layers that bitsandbytes quantized, taken over as `Packed`: the same stored weights, another product.
 
-On a CPU bitsandbytes' own layers cannot be trained through as they are: in evaluation mode its 4-bit product runs in
-bfloat16 by a kernel without a derivative (an error, or a gradient that is lost in silence), and its 8-bit product
-rounds the activations, which then have no forward derivative. Taken over, codes and scales stay what they are, products
-are in float32, and forward mode and backprop are exact. Cost: nothing copied but the scales.
+On a CPU bitsandbytes' own layers cannot be trained through as they are: in evaluation mode its 4-bit product may run in
+bfloat16 by a kernel without a derivative (an error with a bias; without one the gradient is lost but for a warning),
+and its 8-bit product rounds the activations, which then have no forward derivative. Taken over, codes and scales stay
+what they are, products are in float32, and forward mode and backprop are exact. Cost: nothing copied but the scales.
 """
 
 from __future__ import annotations

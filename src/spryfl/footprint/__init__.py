@@ -15,8 +15,8 @@ continued to all blocks: every phase of a step grows by the same bytes with each
 """
 
 from spryfl.footprint.outline import Outline, outline, outlined, shapes
-from spryfl.footprint.predict import Footprint, footprint
-from spryfl.footprint.process import process
+from spryfl.footprint.predict import Footprint, footprint, held, peak
+from spryfl.footprint.process import measure_here, process
 from spryfl.footprint.step import Marked, prefix_bytes, step, values
 
 __all__ = [
@@ -24,8 +24,11 @@ __all__ = [
     "Marked",
     "Outline",
     "footprint",
+    "held",
+    "measure_here",
     "outline",
     "outlined",
+    "peak",
     "prefix_bytes",
     "process",
     "shapes",

@@ -92,7 +92,9 @@ def outline(
     if is_packed(where):
         found = open_store(where).precision
         if precision not in ("", found):
-            raise ValueError(f'model "{name}" is packed in {found}; precision = "{precision}" needs the checkpoint itself.')
+            raise ValueError(
+                f'model "{name}" is packed in {found}; precision = "{precision}" needs the checkpoint itself.'
+            )
         precision = found
     config = models.configured(name, tuple(labels), task, attention)
     return outlined(name, config, tuple(labels), adapter, task, precision)
@@ -153,9 +155,7 @@ def _coded_bytes(module: Any) -> tuple[int, ...]:
 
 def _mapped(module: Any, precision: str) -> set[str]:
     """Names of tables that the system maps from a packed folder's file: they take no memory of their own."""
-    return {
-        f"{path}.weight" for path, inner in module.named_modules() if precision and isinstance(inner, nn.Embedding)
-    }
+    return {f"{path}.weight" for path, inner in module.named_modules() if precision and isinstance(inner, nn.Embedding)}
 
 
 def skeleton(of: Outline, chosen: Sequence[int]) -> Skeleton:

@@ -10,7 +10,7 @@ Cost: some 50 microseconds an operation, whatever the sizes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_leaves
 
 from spryfl import noise
 from spryfl.backbone.codec import codec_of
@@ -28,7 +27,7 @@ from spryfl.backbone.packed import Matrix, Packed
 from spryfl.costs.memory import Storages
 from spryfl.jvp import attention
 
-SOME = 2  # pieces of many alike that are run
+SOME = 1  # of pieces that are alike, those that are run
 REAL = 1 << 20  # bytes of whole numbers up to which they are computed really
 
 _NUMBERS = torch.ops.aten._local_scalar_dense.default
@@ -49,13 +48,20 @@ class Phantoms(Storages):
         """The phase `name` begins."""
         self.peaks.append((name, self.now))
 
-    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if not leaves:
-            return self._made(func, args, kwargs)
-        if func is _NUMBERS and isinstance(leaves[0], FakeTensor):
-            return True if leaves[0].dtype is torch.bool else 1.0 if leaves[0].is_floating_point() else 1
-        return func(*args, **kwargs)
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [*_tensors(args), *_tensors((kwargs or {}).values())]
+        if not given:
+            out = self._made(func, args, kwargs or {})
+        elif func is _NUMBERS and isinstance(given[0], FakeTensor):
+            return True if given[0].dtype is torch.bool else 1.0 if given[0].is_floating_point() else 1
+        else:
+            out = func(*args, **(kwargs or {}))
+        known = {tensor.untyped_storage()._cdata for tensor in given}
+        for tensor in _tensors(out if isinstance(out, tuple | list) else (out,)):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in known:
+                self._add(storage)
+        return out
 
     def _made(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A tensor from sizes alone."""
@@ -76,13 +82,22 @@ class Phantoms(Storages):
             return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
 
 
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among an operation's arguments or results: by themselves or in a list, which is all that there is."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from (one for one in value if isinstance(one, Tensor))
+
+
 @contextmanager
 def phantoms() -> Iterator[Phantoms]:
     """Runs what is inside on phantoms: `with phantoms() as made: ...; made.peaks`.
 
     What the package keeps between calls (the counters of the noise) is thrown away before and after: a phantom must
     not be met outside, and a fresh process has none. Of attention's pieces, each as large as the next and gone before
-    it, some are run.
+    it, one is run.
     """
     noise.forget()
     token = attention.SOME.set(SOME)
@@ -119,10 +134,10 @@ def fill(module: nn.Module, made: Phantoms) -> None:
 
 
 class Some(Matrix):
-    """An encoded matrix of whose chunks, each as large as the next and gone before it, some are decoded."""
+    """An encoded matrix of whose chunks, each as large as the next and gone before it, one is decoded."""
 
     def chunks(self) -> Iterator[slice]:
-        """The first chunks."""
+        """The first chunk."""
         return islice(super().chunks(), SOME)
 
 
