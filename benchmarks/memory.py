@@ -99,7 +99,7 @@ def request(stores: Path, row: tuple[str, str, int, int], column: str) -> Reques
         rows=rows,
         tokens=tokens,
         stream=stream,
-        threads=2,
+        threads=1,
         clients=units_of(shape) if method == "spry" else 1,
         split=False,
     )
@@ -218,12 +218,13 @@ def notes(result: dict[str, Any]) -> str:
         return ""
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     loads = [one["where"]["load_before"][0] for one in result["cells"].values()]
+    threads = " or ".join(sorted({str(one["request"]["threads"]) for one in result["cells"].values()}))
     dates = sorted(one["where"]["date"] for one in result["cells"].values())
     commits = sorted({one["where"]["commit"][:10] for one in result["cells"].values()})
     return (
         f"{where['cpu']}, {where['cores']} cores shared with other work (load before a cell {min(loads):.1f} to "
         f"{max(loads):.1f}, so times say little), {where['memory'] / 1e9:.0f} GB, Linux {where['kernel']}; {versions}; "
-        f"two threads. Measured {dates[0]} to {dates[-1]}, commits {', '.join(commits)}."
+        f"{threads} threads. Measured {dates[0]} to {dates[-1]}, commits {', '.join(commits)}."
     )
 
 
