@@ -12,7 +12,10 @@ import spryfl
 from spryfl.assign import ASSIGNMENTS, balanced, budget, contiguous, cyclic, everyone, nobody
 from spryfl.types import Unit
 
-OPTIONS = {"budget": {"values": (100, 30, 60)}}  # enough for all the units below, where there are three clients
+OPTIONS = {
+    "budget": {"values": (100, 30, 60)},
+    "few": {"units": 5},
+}  # enough for all the units below, where there are three clients
 MADE = {name: make(**OPTIONS.get(name, {})) for name, make in ASSIGNMENTS.items()}
 TRAINING = sorted(set(ASSIGNMENTS) - {"nobody"})
 SPLIT = ["balanced", "contiguous", "cyclic"]  # each unit has one owner while there are units enough

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import struct
+import zlib
+
 import pytest
 import torch
 
@@ -80,3 +84,30 @@ def test_peak_memory_sees_what_autograd_keeps():
         chain(x)
     assert kept() >= 10 * 4000
     assert let_go() <= 3 * 4000
+
+
+def _container(header, body=b""):
+    """A container of any header and body, its checksum right: what only a sender with intent makes."""
+    head = zlib.compress(header)
+    prefix = struct.Struct("<8sII")
+    whole = head + body
+    return prefix.pack(b"SPRYFL\x00\x01", len(head), zlib.crc32(whole, len(head))) + whole
+
+
+@pytest.mark.parametrize(
+    "shape", [[3], [1], [10**15], [-2, -1], [2, 2]], ids=["more", "fewer", "huge", "negative", "other"]
+)
+def test_a_header_that_lies_about_its_tensors_is_refused(shape):
+    index = {"schema": wire.SCHEMA, "tensors": [["x", "float32", shape]]}
+    with pytest.raises(ValueError, match="by its header, and there are 8"):
+        wire.unpack(_container(json.dumps(index).encode(), b"\0" * 8))
+    index["tensors"][0][2] = [2]
+    assert wire.unpack(_container(json.dumps(index).encode(), b"\0" * 8))[1]["x"].tolist() == [0, 0]
+
+
+def test_a_header_that_swells_is_refused(monkeypatch):
+    monkeypatch.setattr(wire, "_LARGEST", 10_000)
+    small = json.dumps({"schema": wire.SCHEMA, "tensors": [], "x": "a" * 9_000}).encode()
+    assert wire.unpack(_container(small))[0]["x"][0] == "a"
+    with pytest.raises(ValueError, match="over 10000 bytes"):
+        wire.unpack(_container(small.replace(b"aaa", b"aaaaaa")))

@@ -4,20 +4,27 @@
     contiguous   neighbours in model order together, cut nearest to equal numbers of values
     balanced     the largest unit to the slot with the fewest values, and so on     (Graham 1969, longest first)
     budget       at most so many values a client; what fits nobody stays as it is this round
+    few          at most so many units a client, in turn over the rounds; what is nobody's stays as it is this round
 
 L units, M clients; a slot is a client's place in the round's cohort. The first three are ways to cut the units into
 min(L, M) blocks. L > M: each client holds a block, each unit has one owner. M >= L: each client holds one unit, each
 unit has about M/L owners. A head that is not split goes to every client besides, and is not counted here.
+
+Where a federation has classes of clients, each class is dealt by its own assignment, one class after the other.
+`budget` and `few`, which cannot give every unit an owner, then take the units with the fewest owners first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate, pairwise
 
 from spryfl.types import Unit
 
-Assignment = Callable[[Sequence[Unit], Sequence[int], int], dict[int, tuple[Unit, ...]]]
+Assignment = Callable[..., dict[int, tuple[Unit, ...]]]  # (units, cohort, round), and owners where it looks at them
+Owners = Mapping[Unit, int]  # how many clients of other classes hold a unit in this round
 Blocks = list[tuple[Unit, ...]]
 
 
@@ -109,9 +116,12 @@ def budget(values: tuple[int, ...] = ()) -> Assignment:
             f"for example [2048, 512]; client c has the entry c mod their number."
         )
 
-    def assign(units: Sequence[Unit], cohort: Sequence[int], round_: int) -> dict[int, tuple[Unit, ...]]:
+    def assign(
+        units: Sequence[Unit], cohort: Sequence[int], round_: int, owners: Owners | None = None
+    ) -> dict[int, tuple[Unit, ...]]:
         _check_fit(units, values)
-        order = sorted(range(len(units)), key=lambda i: (i - round_) % len(units))
+        before = [(owners or {}).get(unit, 0) for unit in units]
+        order = sorted(range(len(units)), key=lambda i: (before[i], (i - round_) % len(units)))
         room = {client: values[client % len(values)] for client in cohort}
         dealt: dict[int, list[int]] = {client: [] for client in cohort}
         for i in order:
@@ -119,14 +129,50 @@ def budget(values: tuple[int, ...] = ()) -> Assignment:
             if units[i].size <= room[roomiest]:
                 dealt[roomiest].append(i)
                 room[roomiest] -= units[i].size
-        owners = [sum(i in mine for mine in dealt.values()) for i in range(len(units))]
+        held = [before[i] + sum(i in mine for mine in dealt.values()) for i in range(len(units))]
         for client in [client for client, mine in dealt.items() if not mine]:
             fitting = [i for i in order if units[i].size <= room[client]]
             if fitting:
-                rarest = min(fitting, key=lambda i: owners[i])
+                rarest = min(fitting, key=lambda i: held[i])
                 dealt[client].append(rarest)
-                owners[rarest] += 1
+                held[rarest] += 1
         return {client: tuple(units[i] for i in sorted(mine)) for client, mine in dealt.items()}
+
+    return assign
+
+
+def few(units: int = 1) -> Assignment:
+    """At most so many units a client, those with the fewest owners first.
+
+    Among units with equally many owners the turn decides: round r begins at unit r s mod L, with s the whole number
+    nearest to 0.618 L that has no factor in common with L. So each unit is first in line once in L rounds, and a few
+    rounds spread over the whole model.
+
+    Args:
+        units: of each client.
+
+    >>> from spryfl.types import Unit
+    >>> split = few(1)([Unit(n, (n,), 1) for n in "abcde"], [7, 9], round_=1)
+    >>> {client: [unit.name for unit in units] for client, units in split.items()}
+    {7: ['d'], 9: ['e']}
+    """
+    if units < 1:
+        raise ValueError(f'units = {units} of few: a client needs at least 1. For the head alone, use "nobody".')
+    each = units
+
+    def assign(
+        units: Sequence[Unit], cohort: Sequence[int], round_: int, owners: Owners | None = None
+    ) -> dict[int, tuple[Unit, ...]]:
+        count = len(units)
+        held = [(owners or {}).get(unit, 0) for unit in units]
+        begin = round_ * _stride(count)
+        dealt: dict[int, tuple[Unit, ...]] = {}
+        for client in cohort:
+            turn = sorted(range(count), key=lambda i: (held[i], (i - begin) % count))[:each]
+            for i in turn:
+                held[i] += 1
+            dealt[client] = tuple(units[i] for i in sorted(turn))
+        return dealt
 
     return assign
 
@@ -137,8 +183,23 @@ ASSIGNMENTS: dict[str, Callable[..., Assignment]] = {
     "contiguous": contiguous,
     "balanced": balanced,
     "budget": budget,
+    "few": few,
     "nobody": nobody,
 }
+
+
+def dealt(
+    assign: Assignment, units: Sequence[Unit], cohort: Sequence[int], round_: int, owners: Owners
+) -> dict[int, tuple[Unit, ...]]:
+    """What `assign` deals to one class of a cohort, told how many owners each unit has, if it looks at that."""
+    looks = owners and "owners" in inspect.signature(assign).parameters
+    return assign(units, cohort, round_, **({"owners": owners} if looks else {}))
+
+
+def _stride(count: int) -> int:
+    """The whole number nearest to 0.618 of `count` without a common factor; 0 where there is nothing to count."""
+    possible = [step for step in range(1, count + 1) if math.gcd(step, count) == 1]
+    return min(possible, key=lambda step: abs(step - 0.618 * count), default=0)
 
 
 def _by_blocks(cut: Callable[[Sequence[Unit], int], Blocks], rotate: bool) -> Assignment:

@@ -9,6 +9,7 @@
     server_optimizer   what is done with it                               optimizers.OPTIMIZERS
     head               shared | split | exact: who trains the head, and how
     sharing            federated | pooled | alone: the two ends that a federation lies between
+    classes            clients that have an estimator, an assignment, a head policy or a rate of their own
 
 Nothing in the package asks for a method by its name. To make your own, call `Method` with other choices; the kind of a
 choice is a registry's key or a builder of yours. Costs nothing.
@@ -17,16 +18,19 @@ choice is a registry's key or a builder of yours. Costs nothing.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 
+from spryfl import classes as sorts
 from spryfl.aggregate import AGGREGATORS, Aggregator, TooFewError
-from spryfl.assign import ASSIGNMENTS, Assignment
+from spryfl.assign import ASSIGNMENTS, Assignment, no_unit
+from spryfl.classes import ClientClass, Group
 from spryfl.estimators import DENSE, ESTIMATORS
 from spryfl.optimizers import LOCAL, OPTIMIZERS, SCHEDULES, Optimizer
+from spryfl.seeds import SEEDS, Seeds
 from spryfl.types import Estimator
 
 Choice = Mapping[str, Any]  # {"kind": key or builder, option: value, ...}
@@ -47,37 +51,6 @@ SHARING = {
 }
 
 
-class Seeds(NamedTuple):
-    """What the clients' directions follow from."""
-
-    shared: bool = False  # all clients of a round have the same
-    pool: int = 0  # how many there are in the whole run; 0 = as many as are needed
-    weighted: bool = False  # seeds of the pool whose scalars are large are drawn more often
-
-
-def own_seeds() -> Seeds:
-    """Each client, round and step has seeds of its own."""
-    return Seeds()
-
-
-def shared_seeds() -> Seeds:
-    """All clients of a round share their seeds, so that the mean of their scalars is the mean of their models."""
-    return Seeds(shared=True)
-
-
-def seed_pool(size: int = 1024, weighted: bool = False) -> Seeds:
-    """All steps of the run draw from a pool: the values are those of round 0 and one sum a seed.
-
-    Args:
-        size: how many seeds.
-        weighted: draw a seed with the softmax of its mean |c|, scaled to [0, 1] (FedKSeed-Pro); else all alike.
-    """
-    if size < 1:
-        raise ValueError(f"size = {size} of a pool of seeds; it must be 1 or more.")
-    return Seeds(pool=size, weighted=weighted)
-
-
-SEEDS: dict[str, Callable[..., Seeds]] = {"own": own_seeds, "shared": shared_seeds, "pool": seed_pool}
 REGISTRIES: dict[str, Mapping[str, Callable[..., Any]]] = {
     "estimator": ESTIMATORS,
     "assignment": ASSIGNMENTS,
@@ -115,6 +88,7 @@ class Method:
     head_lr: float = 1.0  # factor on the head's local learning rate
     schedule: str = "constant"  # of the local learning rate over the rounds, of the server's without local steps
     sharing: str = "federated"
+    classes: tuple[ClientClass, ...] = ()  # of clients that do something otherwise; empty = all are alike
     summary: str = ""
     paper: str = ""
 
@@ -136,6 +110,31 @@ class Built(NamedTuple):
     head_lr: float
     schedule: Callable[[float], float]
     alone: bool
+    by_noise: bool = False  # answers are weighed by the relative variance of their estimates
+    classes: tuple[Group, ...] = ()  # of clients; empty = all are alike
+    member: Callable[[int], str] = lambda client: ""  # client -> the name of its class
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The classes of clients, or the one that all are."""
+        return self.classes or (Group("", self.estimator, self.assign),)
+
+    def present(self, clients: int) -> tuple[int, ...]:
+        """Of so many clients those that take part."""
+        absent = {one.name for one in self.classes if one.absent}
+        return tuple(client for client in range(clients) if not absent or self.member(client) not in absent)
+
+    @property
+    def moves(self) -> bool:
+        """Whether any client ever moves a unit, not the head alone."""
+        return any(one.assign is not no_unit for one in self.groups)
+
+    def of(self, name: str) -> Built:
+        """The method as the clients of one class know it."""
+        for one in self.classes:
+            if one.name == name:
+                return self._replace(estimator=one.estimator, assign=one.assign, classes=())
+        return self
 
     @property
     def follows(self) -> bool:
@@ -156,9 +155,8 @@ def builder(what: str, kind: str | Callable[..., Any]) -> Callable[..., Any]:
 def build(method: Method) -> Built:
     """The functions that a method's choices name; a ValueError says which choice does not fit."""
     _check(method)
-    exact = {"exact_head": True} if method.head == "exact" else {}
     built = Built(
-        estimator=_made("estimator", method.estimator, **exact),
+        estimator=_estimator(method.estimator, method.head),
         assign=_made("assignment", method.assignment),
         seeds=_made("seeds", method.seeds),
         scalars=method.exchange == "scalars",
@@ -172,13 +170,55 @@ def build(method: Method) -> Built:
         head_lr=method.head_lr,
         schedule=SCHEDULES[method.schedule],
         alone=method.sharing == "alone",
+        by_noise=method.aggregate.get("weigh") == "variance",
+        classes=tuple(_group(one) for one in parties(method)) if method.classes else (),
+        member=sorts.member(method.classes),
     )
     _check_together(method, built)
     return built
 
 
+def parties(method: Method) -> tuple[ClientClass, ...]:
+    """Who there is, each with all its choices: the classes, and the clients of none where there can be any."""
+    rest = ClientClass("", estimator=method.estimator, assignment=method.assignment, head=method.head)
+    named = tuple(
+        replace(
+            one,
+            estimator=one.estimator or method.estimator,
+            assignment=one.assignment or method.assignment,
+            head=one.head or method.head,
+        )
+        for one in method.classes
+    )
+    return named if sorts.whole(method.classes) else (*named, rest)
+
+
+def _group(one: ClientClass) -> Group:
+    estimator = _estimator(one.estimator, one.head)
+    return Group(one.name, estimator, _made("assignment", one.assignment), one.lr, one.absent)
+
+
+def _estimator(choice: Choice, head: str) -> Estimator:
+    return _made("estimator", choice, **({"exact_head": True} if head == "exact" else {}))
+
+
+def _dense(choice: Choice) -> bool:
+    """Whether an estimator draws no direction; one of the user's own may."""
+    return choice["kind"] in DENSE if isinstance(choice["kind"], str) else False
+
+
 def _check(method: Method) -> None:
     """Each plain choice by itself."""
+    if odd := [one for one in method.classes if not isinstance(one, ClientClass)]:
+        raise ValueError(f"method.classes holds {odd[0]!r}: from Python give spryfl.ClientClass(name, share=0.3, ...).")
+    sorts.check(method.classes)
+    heads = {"": "as in the method", "shared": "", "exact": ""} if method.head != "split" else {"": "split, for all"}
+    for one in method.classes:
+        if one.head not in heads:
+            raise ValueError(
+                f'method.classes: "{one.name}" has head = "{one.head}"; with method.head = "{method.head}" possible: '
+                f"{', '.join(repr(head) for head in heads)}."
+            )
     for what, given, known in (
         ("head", method.head, HEADS),
         ("exchange", method.exchange, EXCHANGES),
@@ -197,35 +237,16 @@ def _check(method: Method) -> None:
 
 def _check_together(method: Method, built: Built) -> None:
     """What two choices together must not be: each line says what, and what to do."""
-    dense = method.estimator["kind"] in DENSE if isinstance(method.estimator["kind"], str) else False
-    seeded = ", ".join(key for key in ESTIMATORS if key not in DENSE)
-    guided = ", ".join(key for key, one in ESTIMATORS.items() if "candidates" in inspect.signature(one).parameters)
-    linear = built.local is not None and built.local.rate is not None and built.server.rate is not None
-    plain = method.aggregate["kind"] == "mean" and method.assignment["kind"] == "everyone" and method.head_lr == 1
+    all_ = parties(method)
+    estimators = [one.estimator for one in all_]
+    dense = all(_dense(one) for one in estimators)
+    kinds = ", ".join(f'"{one["kind"]}"' for one in estimators)
+    everyone = all(one.assignment["kind"] == "everyone" for one in all_)
     for wrong, why in (
+        *_of_estimators(method, built, estimators, dense, kinds),
+        *_of_classes(method, built, dense, everyone),
         (
-            built.scalars and dense,
-            f'exchange = "scalars" needs a seeded estimator; "{method.estimator["kind"]}" returns a dense gradient.\n'
-            f'    Use exchange = "weights", or one of: {seeded}.',
-        ),
-        (
-            (method.estimator.get("candidates", 1) > 1) != method.guide,
-            f"method.guide = {method.guide} and estimator.candidates = {method.estimator.get('candidates', 1)} go "
-            f"together: the last pseudo-gradient is sent so that an estimator may choose among candidates. Set both, "
-            f"for {guided}; or neither.",
-        ),
-        (
-            bool(built.seeds.pool) and not (built.scalars and linear and plain),
-            f'seeds = "pool" sums scalars over the whole run: it needs exchange "scalars", sgd without momentum on '
-            f'both sides, aggregate "mean", assignment "everyone" and head_lr = 1; here {", ".join(_of_pool(method))}.',
-        ),
-        (
-            built.seeds.shared and dense,
-            f'seeds = "shared" has no effect with estimator "{method.estimator["kind"]}": it draws no direction. '
-            f"Remove it.",
-        ),
-        (
-            method.aggregate["kind"] == "krum" and method.assignment["kind"] != "everyone",
+            method.aggregate["kind"] == "krum" and not everyone,
             'aggregate = "krum" compares whole answers: it needs assignment "everyone".',
         ),
         (
@@ -242,6 +263,84 @@ def _check_together(method: Method, built: Built) -> None:
             raise ValueError(why)
 
 
+Rule = tuple[bool, str]  # (what must not be, what to say)
+
+
+def _of_estimators(
+    method: Method, built: Built, estimators: Sequence[Choice], dense: bool, kinds: str
+) -> tuple[Rule, ...]:
+    """What estimators, exchange, seeds and guide must not be together."""
+    seeded = ", ".join(key for key in ESTIMATORS if key not in DENSE)
+    guided = ", ".join(key for key, one in ESTIMATORS.items() if "candidates" in inspect.signature(one).parameters)
+    linear = built.local is not None and built.local.rate is not None and built.server.rate is not None
+    plain = (
+        method.aggregate["kind"] == "mean"
+        and not built.by_noise
+        and method.assignment["kind"] == "everyone"
+        and method.head_lr == 1
+        and not method.classes
+    )
+    candidates = max(one.get("candidates", 1) for one in estimators)
+    return (
+        (
+            built.scalars and dense,
+            f'exchange = "scalars" needs a seeded estimator; {kinds} returns a dense gradient.\n'
+            f'    Use exchange = "weights", or one of: {seeded}.',
+        ),
+        (
+            (candidates > 1) != method.guide,
+            f"method.guide = {method.guide} and estimator.candidates = {candidates} go "
+            f"together: the last pseudo-gradient is sent so that an estimator may choose among candidates. Set both, "
+            f"for {guided}; or neither.",
+        ),
+        (
+            bool(built.seeds.pool) and not (built.scalars and linear and plain),
+            f'seeds = "pool" sums scalars over the whole run: it needs exchange "scalars", sgd without momentum on '
+            f'both sides, aggregate "mean" weighed by examples, assignment "everyone", head_lr = 1 and no classes of '
+            f"clients; here {', '.join(_of_pool(method))}.",
+        ),
+        (
+            built.seeds.shared and dense,
+            f'seeds = "shared" has no effect with estimator {kinds}: it draws no direction. Remove it.',
+        ),
+    )
+
+
+def _of_classes(method: Method, built: Built, dense: bool, everyone: bool) -> tuple[Rule, ...]:
+    """What classes of clients and the weights of their answers must not be."""
+    rated = next((one.name for one in method.classes if one.lr != 1), "")
+    idle = next((one for one in parties(method) if one.assignment["kind"] == "nobody"), None)
+    return (
+        (
+            bool(method.classes) and method.sharing == "pooled",
+            'method.classes with sharing = "pooled": all data are in one place, there are no clients. Remove one.',
+        ),
+        (
+            bool(rated) and built.local is None,
+            f'method.classes: lr of "{rated}" has no effect with local_optimizer "none": no local step is taken.',
+        ),
+        (
+            bool(method.classes) and idle is not None and built.split_head,
+            f'method.classes: "{idle and idle.name}" has assignment "nobody", and head = "split" leaves it nothing to '
+            f'train. Use head = "shared".',
+        ),
+        (
+            built.by_noise and (dense or (not method.classes and everyone)),
+            'aggregate.weigh = "variance" has no effect where all answers are of equal variance: here '
+            + ("every gradient is exact." if dense else "all clients train everything by one estimator.")
+            + ' Use weigh = "examples".',
+        ),
+        (
+            built.alone and any(one.absent for one in method.classes),
+            'method.classes: absent clients with sharing = "alone" would be scored untrained. Remove absent.',
+        ),
+        (
+            built.by_noise and built.alone,
+            'aggregate.weigh = "variance" has no effect with sharing = "alone". Remove one of them.',
+        ),
+    )
+
+
 def _of_pool(method: Method) -> list[str]:
     """What a pool of seeds asks of a method, as it is there."""
     choices = {what: vars(method)[what] for what in ("local_optimizer", "server_optimizer", "aggregate", "assignment")}
@@ -249,7 +348,7 @@ def _of_pool(method: Method) -> list[str]:
         f'{what} "{one["kind"]}"' + (f" with momentum {one['momentum']:g}" if one.get("momentum") else "")
         for what, one in choices.items()
     ]
-    return [f'exchange "{method.exchange}"', *said, f"head_lr = {method.head_lr:g}"]
+    return [f'exchange "{method.exchange}"', *said, f"head_lr = {method.head_lr:g}", f"{len(method.classes)} classes"]
 
 
 def check_cohort(method: Method, cohort: int) -> None:

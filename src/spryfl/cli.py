@@ -19,7 +19,9 @@ GROUPS = (
     "tables",
     "answers",
     "planning",
+    "profiling",
     "packing",
+    "flower",
 )
 for _group in GROUPS:
     importlib.import_module(f"spryfl.commands.{_group}")

@@ -47,6 +47,7 @@ class Walk:
     losses: list[float] = field(default_factory=list)
     passes: Passes = Passes()
     scalars: Scalars = Scalars()
+    noise: tuple[float, ...] = ()  # relative variance of the first estimate, by name
     peak: int = 0
 
     def add(self, estimate: Estimate, scalars: bool) -> None:
@@ -64,14 +65,14 @@ def run(told: Instruction, method: Built, local: Local) -> Update:
 
     Args:
         told: the instruction, with all values that the model needs.
-        method: the method's functions.
+        method: the method's functions; of classes of clients those of the instruction's.
         local: the client's data and model.
 
     Raises:
         FloatingPointError: a loss or an estimate is not finite; the client then counts as failed.
         ValueError: directions made here are not those that the server makes.
     """
-    start = time.perf_counter()
+    start, method = time.perf_counter(), method.of(told.client_class)
     _same_noise(told)
     current = tree.to(told.params, local.device)
     score = lambda values: local.score(values, local.held_out()) if told.evaluate else (0, 0)  # noqa: E731
@@ -94,6 +95,7 @@ def run(told: Instruction, method: Built, local: Local) -> Update:
         trace=made,
         scalars=walk.scalars,
         variance=_variance(walk) if method.gate else 0.0,
+        noise=walk.noise,
     )
 
 
@@ -109,6 +111,9 @@ def _walk(told: Instruction, current: Params, method: Built, local: Local) -> Wa
             estimate = method.estimator(loss_fn, walk.params, batch, seed)
         walk.peak = measured() if measured else walk.peak
         grads = gradient(estimate, walk.params, told, step)
+        if method.by_noise and not step:
+            predicted = noise.relative_variance(estimate.terms, walk.params)
+            walk.noise = tuple(predicted[name] for name in told.names)
         walk.add(estimate, method.scalars)
         if method.gate or method.local is None:
             walk.total, walk.squares = tree.add(walk.total, grads), walk.squares + tree.norm(grads) ** 2

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Self, get_type_hints
 
@@ -18,10 +18,11 @@ from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_va
 from spryfl import methods
 from spryfl.adapters import ADAPTERS
 from spryfl.backbone.store import check_streamed
-from spryfl.methods import METHODS, REGISTRIES, Method
+from spryfl.classes import asked as asked_class
+from spryfl.methods import METHODS, REGISTRIES, ClientClass, Method
 from spryfl.options import STRICT, nearest, resolve, spelled, title, told, typed
 from spryfl.partition import PARTITIONS
-from spryfl.sections import DataSection, ModelSection, PartitionSection, TrainSection
+from spryfl.sections import DataSection, FlowerSection, ModelSection, PartitionSection, PrivacySection, TrainSection
 from spryfl.tasks import TASKS, Task
 from spryfl.tasks import build as build_task
 
@@ -54,6 +55,8 @@ class Experiment(BaseModel):
     adapter: dict[str, Any] = {"kind": _DEFAULT_ADAPTER}
     method: Method = Field(default_factory=lambda: _method({"name": _DEFAULT_METHOD}))
     train: TrainSection = TrainSection()
+    flower: FlowerSection = FlowerSection()
+    privacy: PrivacySection = PrivacySection()
 
     @field_validator("schema_")
     @classmethod
@@ -92,6 +95,7 @@ class Experiment(BaseModel):
         split = resolve("partition.split", PARTITIONS, self.partition.split or _usual_split(self.data, made))
         _consistent(self)
         _fitting(self, made, split)
+        _private(self)
         train = _settled(self)
         if self.method.gate and train.steps == 1:
             raise ValueError(
@@ -119,11 +123,20 @@ class Experiment(BaseModel):
         out["task"], out["adapter"] = _named(self.task), _named(self.adapter)
         out["partition"]["split"] = _named(self.partition.split)
         out["method"] = {key: _named(value) for key, value in asdict(self.method).items() if key not in _PROSE}
+        out["method"].pop("classes")
+        if self.method.classes:
+            out["method"]["classes"] = [_said(one) for one in self.method.classes]
         return out
 
     def toml(self) -> str:
         """The resolved experiment; `spryfl run --config` runs it again as it is."""
         return tomli_w.dumps({key: value for key, value in self.as_dict().items() if value != {}})
+
+
+def asked(experiment: Experiment) -> Experiment:
+    """The experiment as it was asked for: memory of classes of clients in place of what was chosen for it."""
+    classes = tuple(asked_class(one) for one in experiment.method.classes)
+    return experiment.model_copy(update={"method": replace(experiment.method, classes=classes)})
 
 
 def parse(given: Mapping[str, Any]) -> Experiment:
@@ -174,6 +187,13 @@ def _named(value: Any) -> Any:
     return {**value, "kind": f"{kind.__module__}.{title(kind)}"} if callable(kind) else value
 
 
+def _said(one: ClientClass) -> dict[str, Any]:
+    """A class of clients as plain values, without what it leaves open."""
+    usual = vars(ClientClass(""))
+    shown = {key: list(value) if isinstance(value, tuple) else _named(value) for key, value in vars(one).items()}
+    return {key: value for key, value in shown.items() if vars(one)[key] != usual[key]}
+
+
 def _method(given: Mapping[str, Any]) -> Method:
     """A row of the table with changes; a choice keeps the row's options unless it is given another kind.
 
@@ -202,27 +222,70 @@ def _resolved(given: Mapping[str, Any]) -> Method:
     """A method whose choices have all their options, checked and built once."""
     choices: Any = {what: resolve(f"method.{what}", registry, given[what]) for what, registry in REGISTRIES.items()}
     types = get_type_hints(Method)
-    plain = {key: value for key, value in given.items() if key not in REGISTRIES}
-    made = Method(**typed({key: (types[key], ...) for key in plain}, plain, "method"), **choices)
+    plain = {key: value for key, value in given.items() if key not in (*REGISTRIES, "classes")}
+    classes = _classes(given["classes"], {**plain, **choices})
+    made = Method(**typed({key: (types[key], ...) for key in plain}, plain, "method"), **choices, classes=classes)
     methods.build(made)
     return made
+
+
+def _classes(given: Any, method: Mapping[str, Any]) -> tuple[ClientClass, ...]:
+    """Classes of clients, each with all options of its own choices; of one kind with the method's it keeps those."""
+    if not isinstance(given, list | tuple):
+        raise ValueError(f"method.classes = {given!r}: give a list of sections, [[method.classes]].")
+    types, usual, out = get_type_hints(ClientClass), vars(ClientClass("")), []
+    fields: Any = {key: (types[key], usual[key]) for key in usual if key not in REGISTRIES}
+    for number, one in enumerate(given, 1):
+        section = vars(one) if isinstance(one, ClientClass) else one
+        if not isinstance(section, Mapping):
+            raise ValueError(f"method.classes: {section!r} is no section. Give [[method.classes]] with a name.")
+        where = f"method.classes ({section.get('name') or number})"
+        plain = {key: value for key, value in section.items() if key not in REGISTRIES or key not in usual}
+        own = {
+            what: _own(what, section[what], method, where) for what in REGISTRIES if what in usual and what in section
+        }
+        out.append(ClientClass(**{**usual, **typed(fields, plain, where), **own}))
+    return tuple(out)
+
+
+def _own(what: str, given: Any, method: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A choice of one class of clients; empty where it is the method's."""
+    changed = _changed(method[what], spelled(what, given))
+    return resolve(f"{where}.{what}", REGISTRIES[what], changed) if given else {}
 
 
 def _consistent(experiment: Experiment) -> None:
     """What two settings together must not be."""
     train, clients = experiment.train, experiment.partition.clients
-    if experiment.model.stream:
+    classes = experiment.method.classes
+    methods.check_members(classes, clients)
+    if experiment.model.stream or any(one.stream for one in classes):
         check_streamed(experiment.model.name)
+    if experiment.model.stream and any(one.stream for one in classes):
+        raise ValueError("method.classes: stream has no effect with model.stream: all clients stream. Remove one.")
     if train.cohort > clients and "cohort" in train.model_fields_set:
         raise ValueError(
             f"train.cohort = {train.cohort} clients a round, but partition.clients = {clients}. Lower the cohort."
         )
+    there = len(methods.present(classes, clients))
+    if train.cohort > there and "cohort" in train.model_fields_set:
+        raise ValueError(
+            f"train.cohort = {train.cohort} clients a round, but of {clients} clients {there} are not absent. "
+            f"Lower the cohort."
+        )
     if train.steps and train.epochs and "steps" in train.model_fields_set:
         raise ValueError(f"train.epochs = {train.epochs} has no effect with train.steps = {train.steps}. Remove one.")
-    if train.micro_batch > train.batch_size:
+    pieces = [("train.micro_batch", train.micro_batch)]
+    pieces += [(f'micro_batch of class "{one.name}"', one.micro_batch) for one in classes]
+    for what, rows in pieces:
+        if rows > train.batch_size:
+            raise ValueError(
+                f"{what} = {rows} rows at once, of train.batch_size = {train.batch_size}. Lower it, or 0 for whole "
+                f"batches."
+            )
+    if train.tries > 1 and not train.min_answers:
         raise ValueError(
-            f"train.micro_batch = {train.micro_batch} rows at once, of train.batch_size = {train.batch_size}. Lower "
-            f"it, or 0 for whole batches."
+            f"train.tries = {train.tries} has no effect without train.min_answers. Set that, or remove it."
         )
     if train.keep_prefix and train.epochs == 1:
         raise ValueError("train.keep_prefix has no effect with one local epoch: no batch comes twice. Remove it.")
@@ -234,6 +297,30 @@ def _consistent(experiment: Experiment) -> None:
         raise ValueError('method.head = "split" with assignment "nobody" leaves nothing to train. Use head = "shared".')
     if experiment.data.test and experiment.data.test_share != DataSection.model_fields["test_share"].default:
         raise ValueError("data.test_share has no effect with data.test (a file of test rows). Remove one.")
+
+
+def _private(experiment: Experiment) -> None:
+    """What a promise of privacy asks of the rest: nothing may depend on single answers but their noisy sum."""
+    method, train, given = experiment.method, experiment.train, experiment.privacy
+    if not given.clip:
+        if given != PrivacySection():
+            raise ValueError("[privacy] has no effect without privacy.clip. Set it, or remove the section.")
+        return
+    for wrong, what in (
+        (method.aggregate["kind"] != "mean", f'method.aggregate = "{method.aggregate["kind"]}": use "mean"'),
+        (method.aggregate.get("weigh") == "variance", 'method.aggregate.weigh = "variance": answers weigh alike here'),
+        (method.sharing != "federated", f'method.sharing = "{method.sharing}": use "federated"'),
+        (method.gate > 0, f"method.gate = {method.gate}: it chooses by the answers; use 0"),
+        (method.seeds["kind"] == "pool", 'method.seeds = "pool": use "own" or "shared"'),
+        (
+            method.exchange == "scalars" and (method.seeds["kind"] != "shared" or train.epochs),
+            'method.exchange = "scalars" sends single answers on to others: use seeds "shared" with train.steps, where '
+            'their sum is sent, or exchange "weights"',
+        ),
+        (train.rest > 0 or train.tries > 1, "train.rest and train.tries choose clients by what they did: use 0 and 1"),
+    ):
+        if wrong:
+            raise ValueError(f"privacy.clip = {given.clip} promises that only the noisy sum counts, but {what}.")
 
 
 def _usual_split(data: DataSection, task: Task) -> dict[str, Any]:
@@ -263,7 +350,8 @@ def _fitting(experiment: Experiment, task: Task, split: Mapping[str, Any]) -> No
 def _settled(experiment: Experiment) -> TrainSection:
     """The rounds, with what follows from other settings: epochs take the place of steps, few clients make a cohort."""
     train, given = experiment.train, experiment.train.model_fields_set
-    cohort = train.cohort if "cohort" in given else min(train.cohort, experiment.partition.clients)
+    there = len(methods.present(experiment.method.classes, experiment.partition.clients))
+    cohort = train.cohort if "cohort" in given else min(train.cohort, there)
     steps = 0 if train.epochs else train.steps
     if experiment.method.local_optimizer["kind"] == "none" and "steps" not in given:
         steps = 0 if train.epochs else 1  # a gradient a round, unless more batches are asked for

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from spryfl import train
-from spryfl.choices import EXCHANGES, HEADS, REGISTRIES, SHARING, Method, builder
+from spryfl.choices import EXCHANGES, HEADS, REGISTRIES, SHARING, ClientClass, Method, builder, parties
 from spryfl.costs import DRAW, Costs, Shapes, shapes
 from spryfl.methods import named
 from spryfl.types import Passes
@@ -28,9 +28,18 @@ def choices(method: Method) -> list[Row]:
     for what, value in vars(method).items():
         if what in REGISTRIES:
             lines.append((what, said(value), _does(builder(what, value["kind"]), value)))
+        elif what == "classes":
+            lines += [(f"class {one.name}", otherwise(one), "") for one in value]
         elif what not in _PROSE:
             lines.append((what, said(value), _MEANINGS.get(what, {}).get(value, "")))
     return lines
+
+
+def otherwise(one: ClientClass) -> str:
+    """Who a class of clients is and what it does otherwise than the method, in one line."""
+    usual = vars(ClientClass(""))
+    given = {key: value for key, value in vars(one).items() if key != "name" and value != usual[key]}
+    return ", ".join(f"{key} {said(value)}" for key, value in given.items())
 
 
 def said(value: Any) -> str:
@@ -69,7 +78,8 @@ def costs(method: Method, given: Shapes, clients: int, cohort: int, steps: int) 
 
 def _top(method: Method) -> int:
     """How many of the last blocks lie above the method's cut."""
-    return max(method.estimator.get("exact_top", 0), method.estimator.get("top", 0))
+    estimators = [one.estimator for one in parties(method)]
+    return max(max(one.get("exact_top", 0), one.get("top", 0)) for one in estimators)
 
 
 def listed(method: Method, given: Shapes, clients: int, cohort: int, steps: int) -> Row:

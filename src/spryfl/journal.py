@@ -15,6 +15,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from spryfl import wire
@@ -36,6 +37,7 @@ class Progress(NamedTuple):
     tangent_passes: float = 0
     backward_passes: float = 0
     seconds: float = 0.0
+    failing: Mapping[int, tuple[int, int]] = MappingProxyType({})  # client -> (times running, rests until round)
 
 
 class Journal(NamedTuple):

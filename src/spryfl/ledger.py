@@ -11,6 +11,7 @@ Merged and summed values agree with the mean of the models to rounding. Cost: th
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -18,10 +19,17 @@ import torch
 from torch import Tensor
 
 from spryfl import trace, tree, wire
+from spryfl.aggregate import TooFewError
 from spryfl.choices import Built
+from spryfl.privacy import PrivateMean
 from spryfl.types import Instruction, Layout, Ledger, Params, Pool, Round, ServerState, Share, Trace, Update
 
 Head = frozenset[str]
+_SCALARS = " scalars"  # beside names of values, none of which begins like this
+
+
+class LostError(ValueError):
+    """A client does not hold what the server thinks it does."""
 
 
 class Held(NamedTuple):
@@ -32,7 +40,11 @@ class Held(NamedTuple):
 
 
 def shares(
-    asked: Mapping[int, Instruction], updates: Sequence[Update], method: Built, values: Params
+    asked: Mapping[int, Instruction],
+    updates: Sequence[Update],
+    method: Built,
+    values: Params,
+    private: PrivateMean | None = None,
 ) -> tuple[Share, ...]:
     """Accepted answers, in the order of client ids, as what moves the values; merged where their seeds are shared.
 
@@ -40,15 +52,19 @@ def shares(
         asked: each client's instruction.
         updates: the accepted answers.
         values: all of them, as the round began.
+        private: takes the place of the method's aggregate, and single answers go no further.
     """
     own = [_share(asked[one.client], one, list(values)) for one in sorted(updates, key=lambda u: u.client)]
+    if private:
+        return _private(own, asked, method, values, private)
     return (_merged(own, method, values),) if method.seeds.shared and _alike(own) and _linear(method) else tuple(own)
 
 
 def _share(told: Instruction, update: Update, names: Sequence[str]) -> Share:
     place = {name: i for i, name in enumerate(names)}
     mine = () if tuple(told.names) == tuple(names) else tuple(place[name] for name in told.names)
-    return Share(told.seed, mine, told.lr_scale, update.examples, update.params, update.trace, told.pool)
+    share = Share(told.seed, mine, told.lr_scale, update.examples, update.params, update.trace, told.pool)
+    return share._replace(noise=update.noise)
 
 
 def _linear(method: Built) -> bool:
@@ -74,6 +90,32 @@ def _merged(own: Sequence[Share], method: Built, values: Params) -> Share:
     )
 
 
+def _private(
+    own: Sequence[Share], asked: Mapping[int, Instruction], method: Built, values: Params, mean: PrivateMean
+) -> tuple[Share, ...]:
+    """One share, of the noisy mean of the answers. Without one to all that were asked, noise alone moves the values."""
+    if method.scalars and not (own and method.seeds.shared and _alike(own) and _linear(method)):
+        raise TooFewError("no answers that could be added up: with privacy they must have the same seeds and steps.")
+    answers = [_moves(share, method, values) for share in own]
+    like = {**values, **({_SCALARS: answers[0][_SCALARS]} if method.scalars else {})}
+    counts = Counter(name for one in asked.values() for name in one.names)
+    names = dict.fromkeys(answers[0], len(asked)) if method.scalars else {n: counts[n] for n in values if counts[n]}
+    moved = mean(answers, names, like)
+    scalars = moved.pop(_SCALARS, None)
+    dense = {name: values[name] - g for name, g in moved.items()} if method.local else moved
+    if scalars is not None:
+        return (own[0]._replace(weight=1, params=dense, trace=_trace(own[0])._replace(scalars=scalars), merged=True),)
+    places = tuple(i for i, name in enumerate(values) if name in dense)
+    scale = next(iter(asked.values())).lr_scale if asked else 1.0
+    return (Share(0, places, scale, 1, dense, None, merged=True),) if dense else ()
+
+
+def _moves(share: Share, method: Built, values: Params) -> dict[str, Tensor]:
+    """All that a client answered, as what is to be added up: what it moves its values by, or gradients, and scalars."""
+    dense = {n: values[n] - v for n, v in share.params.items()} if method.local else dict(share.params)
+    return {**dense, **({_SCALARS: share.trace.scalars} if share.trace else {})}
+
+
 def advance(
     params: Params, optimizer: Mapping[str, Params], moved: Sequence[Share], method: Built, head: Head
 ) -> tuple[dict[str, Tensor], Mapping[str, Params], dict[str, Tensor]]:
@@ -81,11 +123,18 @@ def advance(
     if not moved:
         return dict(params), optimizer, {}
     results = [_result(share, params, method, head) for share in moved]
-    whole = results[0] if moved[0].merged else method.aggregate(results, [share.weight for share in moved])
+    more = {"noise": [_noise(share, list(params)) for share in moved]} if method.by_noise else {}
+    whole = results[0] if moved[0].merged else method.aggregate(results, [share.weight for share in moved], **more)
     grads = whole if method.local is None else {name: params[name] - value for name, value in whole.items()}
     scale = moved[0].lr_scale if method.local is None else 1.0
     new, state = method.server.step(params, grads, optimizer, scale)
     return new, state, dict(grads)
+
+
+def _noise(share: Share, names: Sequence[str]) -> dict[str, float]:
+    """The relative variance of a share's estimate by name."""
+    own = [names[i] for i in share.names] or names
+    return dict(zip(own, share.noise, strict=True)) if share.noise else {}
 
 
 def _result(share: Share, params: Params, method: Built, head: Head) -> Params:
@@ -219,22 +268,28 @@ def restored(told: Instruction, held: Held | None, method: Built, head: Head) ->
     """(current values, what the client keeps) from an instruction and from what it kept before.
 
     Raises:
-        ValueError: the client holds older values than the server thinks.
+        LostError: the client holds older values than the server thinks, or none.
     """
     catch = told.catch_up
     if catch is None:
         return told.params, Held(told.round - 1, told.params)
     if catch.summed is not None and told.pool is not None:
         origin = {**(held.params if held else {}), **told.params}
+        if not set(told.names) <= set(origin):
+            raise _lost(told, "the values of round 0", "no values")
         return trace.rebuild(origin, catch.summed, catch.layout, told.pool), Held(0, origin)
     if held is None or held.round < catch.since:
         holds = "no values" if held is None else f"the values of round {held.round}"
-        raise ValueError(
-            f"client {told.client} was sent what it missed since round {catch.since}, but it holds {holds}. "
-            f"Its memory was lost: let it answer as failed, and the server will send the values."
-        )
+        raise _lost(told, f"those of round {catch.since}", holds)
     params: Params = held.params
     for one in catch.missed:
         if one.number > held.round:
             params, _, _ = advance(params, {}, one.shares, method, head)
     return params, Held(told.round - 1, params)
+
+
+def _lost(told: Instruction, expected: str, holds: str) -> LostError:
+    return LostError(
+        f"client {told.client} was sent in round {told.round} what makes current values from {expected}, but it holds "
+        f"{holds}. Its memory was lost: let it say so, and the server will send the values."
+    )

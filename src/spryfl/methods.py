@@ -9,19 +9,23 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from spryfl.choices import REGISTRIES, Built, Method, Seeds, build, builder, check_cohort
+from spryfl.choices import REGISTRIES, Built, ClientClass, Method, Seeds, build, builder, check_cohort
+from spryfl.classes import check_members, present
 
 __all__ = [
     "METHODS",
     "REGISTRIES",
     "Built",
+    "ClientClass",
     "Method",
     "Seeds",
     "build",
     "builder",
     "check_cohort",
+    "check_members",
     "fedavg",
     "named",
+    "present",
     "spry",
 ]
 

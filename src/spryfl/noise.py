@@ -14,6 +14,7 @@ import functools
 import hashlib
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -151,6 +152,44 @@ DISTRIBUTIONS: dict[str, Callable[[Sequence[int], Params], dict[str, Tensor]]] =
     "orthogonal": _orthogonal,
 }
 JOINT = frozenset({"orthogonal"})  # a direction depends on those that are drawn before it in the same call
+
+
+# E|g_hat - g|^2 / |g|^2 of g_hat = (1/K) sum_k c_k v_k with exact c_k = <g, v_k>, by a law's name: (d values, K).
+#   gaussian           E[v v^T v v^T] = (d + 2) I, so E|c v|^2 = (d + 2)|g|^2, less the mean's |g|^2: d + 1, over K
+#   signs, sphere      |v|^2 = d always, so E|c v|^2 = d |g|^2: d - 1, over K
+#   orthogonal         K of d orthogonal axes: g_hat is d/K of a projection that keeps K/d of |g|^2: d/K - 1
+# The first is Nesterov and Spokoiny 2017, the others follow in the same way.
+VARIANCES: dict[str, Callable[[int, int], float]] = {
+    "gaussian": lambda d, k: (d + 1) / k,
+    "rademacher": lambda d, k: (d - 1) / k,
+    "sphere": lambda d, k: (d - 1) / k,
+    "orthogonal": lambda d, k: (d - k) / k,
+}
+
+
+def relative_variance(terms: Iterable[Directional], like: Params) -> dict[str, float]:
+    """v by name, E|g_hat - g|^2 = v |g|^2 predicted from an estimate's terms alone; 0 for a name without a term.
+
+    All names of a block have the block's v: that of each alone is the same where the gradient is spread evenly over the
+    block's values. Terms that two blocks share (joint pairing) and candidates that were chosen are taken for free draws
+    of their own block. A law that `VARIANCES` does not know is taken for Gaussian.
+
+    Args:
+        terms: of one estimate.
+        like: name -> tensor of all that the estimate is of; only names and sizes are looked at.
+
+    >>> import torch
+    >>> like = {"a": torch.zeros(6), "b": torch.zeros(2), "head": torch.zeros(3)}
+    >>> relative_variance([Directional(k, 0.1, ("a", "b"), "gaussian") for k in range(3)], like)
+    {'a': 3.0, 'b': 3.0, 'head': 0.0}
+    """
+    drawn = Counter((term.block, term.distribution) for term in terms)
+    out = dict.fromkeys(like, 0.0)
+    for (block, distribution), count in drawn.items():
+        law = VARIANCES.get(distribution, VARIANCES["gaussian"])
+        size = sum(like[name].numel() for name in block)
+        out.update(dict.fromkeys(block, max(law(size, count), 0.0)))
+    return out
 
 
 def stack(seeds: Sequence[int], like: Params, distribution: str = "gaussian") -> dict[str, Tensor]:

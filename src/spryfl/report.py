@@ -86,11 +86,14 @@ _COLUMNS = (
     Column("personal", 4, lambda run: next((r[_OWN] for r in reversed(run.records) if _OWN in r), None)),
     Column("MB up", 2, lambda run: run.records[-1]["bytes_up"] / 1e6),
     Column("MB down", 2, lambda run: run.records[-1]["bytes_down"] / 1e6),
+    Column("Flower MB", 2, lambda run: carried(run)),
+    Column("epsilon", 2, lambda run: run.records[-1].get("epsilon")),
     Column("passes", 0, lambda run: ALONG["passes"](run.records[-1])),
     Column("peak MB", 1, lambda run: peak(run)),
     Column("seconds", 0, lambda run: run.records[-1]["seconds"]),
     Column("failed", 0, lambda run: sum(len(record.get("failed", {})) for record in run.records)),
 )
+_RARE = ("Flower MB", "epsilon")
 
 
 def peak(run: Run) -> float | None:
@@ -98,11 +101,19 @@ def peak(run: Run) -> float | None:
     return max((record.get("peak_bytes", 0) for record in run.records), default=0) / 1e6 or None
 
 
+def carried(run: Run) -> float | None:
+    """MB up and down as Flower counted them, its own framing among them; None for a run in process."""
+    facts = [record["engine"] for record in run.records if "engine" in record]
+    return sum(one["flower_bytes_up"] + one["flower_bytes_down"] for one in facts) / 1e6 if facts else None
+
+
 def columns(runs: Sequence[Run]) -> list[Column]:
-    """The columns of these runs, under the name of their metric."""
+    """The columns of these runs, under the name of their metric; some only where a run has anything to say there."""
     names = {metric(run) for run in runs}
     own = next(iter(names)) if len(names) == 1 else "metric"
-    return [column._replace(name=own) if column.name == "METRIC" else column for column in _COLUMNS]
+    some = [c.name for c in _COLUMNS if c.name in _RARE and not any(run.records and c.of(run) for run in runs)]
+    shown = [column for column in _COLUMNS if column.name not in some]
+    return [column._replace(name=own) if column.name == "METRIC" else column for column in shown]
 
 
 def values(column: Column, runs: Sequence[Run]) -> list[float]:

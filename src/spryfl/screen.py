@@ -72,10 +72,25 @@ def head(console: Console, made: Job, folder: Path) -> None:
     changed = [
         f"{key} {shown(value)} (row: {shown(getattr(row, key))})"
         for key, value in vars(e.method).items()
-        if key not in ("summary", "paper") and value != getattr(usual, key)
+        if key not in ("summary", "paper", "classes") and value != getattr(usual, key)
     ]
     console.print(f"method  {e.method.name}" + (f", but {'; '.join(changed)}" if changed else ""), soft_wrap=True)
+    for line in classed(made):
+        console.print(f"class   {line}", soft_wrap=True)
     console.print(f"folder  {folder}\n", soft_wrap=True)
+
+
+def classed(made: Job) -> list[str]:
+    """A line a class of clients: how many they are, and what they do otherwise than the method says."""
+    usual, lines = {"name": "", "share": 0.0, "clients": (), "lr": 1.0}, []
+    of = [made.plan.method.member(client) for client in range(made.plan.clients)]
+    for one in made.experiment.method.classes:
+        own = {key: value for key, value in vars(one).items() if value and usual.get(key) != value}
+        said = "; ".join(
+            f"{key} {shown(value)}" for key, value in own.items() if key not in ("name", "share", "clients")
+        )
+        lines.append(f"{one.name}: {of.count(one.name)} of {len(of)} clients; {said or 'as the method says'}")
+    return lines
 
 
 def shown(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""The sections of an experiment that hold plain settings: model, data, partition, training. Costs nothing."""
+"""The sections of an experiment that hold plain settings: model, data, partition, training, Flower. Costs nothing."""
 
 from __future__ import annotations
 
@@ -68,5 +68,27 @@ class TrainSection(BaseModel):
     max_megabytes: float = Field(0.0, ge=0)  # the same, up and down, 1e6 bytes
     max_seconds: float = Field(0.0, ge=0)  # the same, of rounds and evaluations
     drop_clients: float = Field(0.0, ge=0, lt=1)  # simulated share of clients that do not answer
+    min_answers: float = Field(0.0, ge=0, le=1)  # share of a cohort; with fewer the round is repeated with another one
+    tries: int = Field(1, ge=1)  # cohorts of a round at most, with min_answers
+    rest: int = Field(0, ge=0)  # rounds that a client is left out for once it failed twice running
     dropout: bool = False  # the model's own dropout layers while training
     keep_prefix: float = Field(0.0, ge=0)  # MB of hidden states kept over a client's local epochs; batches then stay
+
+
+class PrivacySection(BaseModel):
+    """Differential privacy of the values, a client's data being what neighbours differ in; off without a clip."""
+
+    model_config = STRICT
+    clip: float = Field(0.0, ge=0, allow_inf_nan=False)  # largest norm of a client's answer; 0 = no promise
+    noise: float = Field(1.0, ge=0, allow_inf_nan=False)  # standard deviation on the sum of answers, in units of clip
+    delta: float = Field(1e-5, gt=0, lt=1)  # the chance that the promise of epsilon fails
+    key: int = Field(0, ge=0, lt=2**62)  # of the noise; 0 = drawn by the server. Another can be repeated, is no secret
+
+
+class FlowerSection(BaseModel):
+    """What only a run over Flower needs; in this process it has no part to play."""
+
+    model_config = STRICT
+    deadline: float = Field(0.0, ge=0)  # seconds of a round's exchange; later answers are dropped. 0 = wait for all
+    wait: float = Field(120.0, gt=0)  # seconds to wait at the start for the nodes
+    nodes: int = Field(0, ge=0)  # to wait for; 0 = as many as the first one says, or one a client if they hold data

@@ -9,7 +9,8 @@ trainable values, and with exchange by scalars the clients' directions once more
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ import torch
 from spryfl import assign, ledger, noise, trace, tree, wire
 from spryfl.aggregate import TooFewError
 from spryfl.choices import Built
+from spryfl.privacy import Privacy, PrivateMean, private_mean
 from spryfl.types import CatchUp, Instruction, Ledger, Params, Pool, Round, ServerState, Unit, Update
 
 
@@ -28,7 +30,7 @@ class Refused(NamedTuple):
     note: str = ""  # why nothing moved though there were answers
 
 
-def init(params: Params, method: Built, clients: int) -> ServerState:
+def init(params: Params, method: Built, clients: int, key: int = 0) -> ServerState:
     """The state before the first round. Clients that never share get a copy of the start each."""
     if method.alone:
         params = {_own(client, name): value for client in range(clients) for name, value in params.items()}
@@ -38,6 +40,7 @@ def init(params: Params, method: Built, clients: int) -> ServerState:
         method.server.init(params),
         average=dict(params) if method.average else {},
         ledger=Ledger(origin=dict(params)) if method.seeds.pool else Ledger(),
+        key=key,
     )
 
 
@@ -53,6 +56,7 @@ def begin(
     """An instruction for each client of the cohort: its units, the head unless it is split, all current values."""
     round_ = state.round + 1
     dealt = deal(units, cohort, method, round_)
+    rate = {one.name: one.lr for one in method.groups}
     sent = tuple(name for unit in needed(units, method) for name in unit.params)
     pool = _pool(state, method, seed)
     told = [
@@ -62,11 +66,12 @@ def begin(
             seed=noise.child_seed(seed, "round", round_, *(() if method.seeds.shared else ("client", client))),
             names=tuple(name for unit in mine for name in unit.params),
             params=tree.select(personal(state.params, client, method), sent),
-            lr_scale=lr_scale,
+            lr_scale=lr_scale * rate[method.member(client)],
             evaluate=evaluate,
             guide={name: value for name, value in state.guide.items() if name in sent},
             pool=pool,
             fingerprint=trace.fingerprint() if method.scalars else "",
+            client_class=method.member(client),
         )
         for client, mine in dealt.items()
         if mine
@@ -109,10 +114,17 @@ def _by_sums(whole: Instruction, state: ServerState) -> Instruction:
 
 
 def deal(units: Sequence[Unit], cohort: Sequence[int], method: Built, round_: int) -> dict[int, tuple[Unit, ...]]:
-    """Each client's units of this round; a head that is not split goes to all."""
+    """Each client's units of this round, dealt class by class; a head that is not split goes to all."""
     whole = () if method.split_head else tuple(unit for unit in units if unit.head)
     split = [unit for unit in units if unit not in whole]
-    return {client: mine + whole for client, mine in method.assign(split, cohort, round_).items()}
+    out: dict[int, tuple[Unit, ...]] = {}
+    owners: Counter[Unit] = Counter()
+    for group in method.groups:
+        own = [client for client in cohort if method.member(client) == group.name]
+        dealt = assign.dealt(group.assign, split, own, round_, owners) if own else {}
+        owners.update(unit for mine in dealt.values() for unit in mine)
+        out |= dealt
+    return {client: out[client] + whole for client in cohort if client in out}
 
 
 def personal(params: Params, client: int, method: Built) -> Params:
@@ -134,6 +146,7 @@ def finish(
     updates: Iterable[Update],
     method: Built,
     head: frozenset[str] = frozenset(),
+    promised: Privacy | None = None,
 ) -> tuple[ServerState, Refused]:
     """The next state, and which answers changed nothing: one that does not fit its instruction is as if absent.
 
@@ -143,7 +156,9 @@ def finish(
         updates: the answers, in any order.
         method: the method.
         head: names of the head's values, which have a local rate of their own.
+        promised: answers count clipped, in a noisy sum.
     """
+    mean = private_mean(promised, state.key, state.round + 1) if promised else None
     asked = {one.client: one for one in told}
     answers = list(updates)
     failed = {
@@ -161,7 +176,7 @@ def finish(
         asked = {i: one._replace(names=tuple(_own(i, n) for n in one.names)) for i, one in asked.items()}
     note = ""
     try:
-        after = _moved(state, asked, kept, method, head)
+        after = _moved(state, asked, kept, method, head, mean)
     except TooFewError as error:
         after, note = _moved(state, asked, [], method, head), str(error)
     reached = [one for one in told if one.client in {update.client for update in fitting}]
@@ -169,11 +184,16 @@ def finish(
 
 
 def _moved(
-    state: ServerState, asked: Mapping[int, Instruction], kept: Sequence[Update], method: Built, head: frozenset[str]
+    state: ServerState,
+    asked: Mapping[int, Instruction],
+    kept: Sequence[Update],
+    method: Built,
+    head: frozenset[str],
+    mean: PrivateMean | None = None,
 ) -> ServerState:
     """The state after the accepted answers; what moved it stands in the ledger, where clients follow by replay."""
     number = state.round + 1
-    shares = ledger.shares(asked, kept, method, state.params)
+    shares = ledger.shares(asked, kept, method, state.params, mean)
     if method.seeds.pool:
         params, optimizer, book = ledger.pooled(state, shares, method, head)
         grads: Params = {}
@@ -181,7 +201,8 @@ def _moved(
         params, optimizer, grads = ledger.advance(state.params, state.optimizer, shares, method, head)
         book = ledger.recorded(state.ledger, Round(number, shares), params) if method.follows else state.ledger
     average = {name: method.average * v + (1 - method.average) * params[name] for name, v in state.average.items()}
-    return ServerState(number, params, optimizer, average, (grads or state.guide) if method.guide else {}, book)
+    guide = (grads or state.guide) if method.guide else {}
+    return ServerState(number, params, optimizer, average, guide, book, state.key)
 
 
 def _seen(state: ServerState, reached: Iterable[Instruction], method: Built) -> ServerState:
@@ -190,6 +211,12 @@ def _seen(state: ServerState, reached: Iterable[Instruction], method: Built) -> 
         return state
     now = {one.client: 0 if method.seeds.pool else one.round - 1 for one in reached if _keeps(one, method)}
     return state._replace(ledger=state.ledger._replace(seen={**state.ledger.seen, **now}))
+
+
+def forget(state: ServerState, clients: Collection[int]) -> ServerState:
+    """The state in which nothing is thought to be held by these clients: they are sent all values next."""
+    seen = {client: round_ for client, round_ in state.ledger.seen.items() if client not in clients}
+    return state._replace(ledger=state.ledger._replace(seen=seen))
 
 
 def _keeps(told: Instruction, method: Built) -> bool:
@@ -208,6 +235,8 @@ def objection(update: Update, told: Instruction | None, values: Params) -> str:
         return f"claims {update.examples} examples"
     if not (math.isfinite(update.loss) and tree.is_finite(update.params)):
         return "returns values that are not finite"
+    if update.noise and not (len(update.noise) == len(told.names) and all(0 <= v < math.inf for v in update.noise)):
+        return "claims variances that are not one of each of its values, 0 or more"
     return _unasked(update, told, values) or (
         trace.objection(update.trace, told.names, update.params) if update.trace else ""
     )
@@ -218,13 +247,15 @@ def _unasked(update: Update, told: Instruction, values: Params) -> str:
     names, asked = set(update.params), set(told.names)
     if not names <= asked or (update.trace is None and names != asked):
         return "returns other names than it was told to train"
-    wrong = any(value.shape != values[name].shape for name, value in update.params.items())
-    return "returns other shapes than it was sent" if wrong else ""
+    if any(value.shape != values[name].shape for name, value in update.params.items()):
+        return "returns other shapes than it was sent"
+    wrong = any(value.dtype != values[name].dtype for name, value in update.params.items())
+    return "returns values of another type than it was sent" if wrong else ""
 
 
 def needed(units: Sequence[Unit], method: Built) -> list[Unit]:
     """Units that must travel: all, unless only the head ever moves; the rest then is as the model starts."""
-    return [unit for unit in units if unit.head or method.assign is not assign.no_unit]
+    return [unit for unit in units if unit.head or method.moves]
 
 
 def _own(client: int, name: str) -> str:

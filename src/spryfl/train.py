@@ -9,14 +9,17 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from spryfl import costs, noise, server
+from spryfl import costs, figures, noise, server
 from spryfl import journal as disk
 from spryfl.choices import Built, Method, build
 from spryfl.journal import Journal, Progress
-from spryfl.types import Instruction, Params, Passes, Scalars, ServerState, Unit, Update
+from spryfl.privacy import Privacy, drawn_key, epsilon
+from spryfl.types import Instruction, Params, Passes, ServerState, Unit, Update
 
 
 class Answers(NamedTuple):
@@ -26,6 +29,8 @@ class Answers(NamedTuple):
     failed: dict[int, str]  # clients that did not answer, and why
     bytes_down: int
     bytes_up: int
+    lost: frozenset[int] = frozenset()  # no longer hold what the server thought: they are sent the values
+    facts: Mapping[str, float] = MappingProxyType({})  # the engine's own counts; those of a round are added up
 
 
 class Limits(NamedTuple):
@@ -34,6 +39,14 @@ class Limits(NamedTuple):
     passes: float = 0  # value, tangent and backward passes of all clients, each counted as one
     megabytes: float = 0.0  # up and down, 1e6 bytes
     seconds: float = 0.0  # of rounds and evaluations
+
+
+class Quorum(NamedTuple):
+    """What is done about clients that do not answer."""
+
+    share: float = 0.0  # of a cohort that must answer, or the round is repeated with another one
+    tries: int = 1  # cohorts of a round at most
+    rest: int = 0  # rounds that a client is left out for once it failed twice running; 0 = never
 
 
 class Plan(NamedTuple):
@@ -49,18 +62,40 @@ class Plan(NamedTuple):
     patience: int  # evaluations without a better one; 0 = never stop early
     limits: Limits = Limits()
     metric: str = "accuracy"  # the name of the number by which models are compared; more is better
+    quorum: Quorum = Quorum()
+    promised: Privacy | None = None
+
+
+class Tried(NamedTuple):
+    """A cohort's part in a round: what it was told, what came back, the state after it."""
+
+    told: Sequence[Instruction]
+    answers: Answers
+    state: ServerState
+    refused: server.Refused
+
+    @property
+    def failed(self) -> dict[int, str]:
+        return {**self.answers.failed, **self.refused.failed}
 
 
 Exchange = Callable[[Sequence[Instruction]], Answers]
 Evaluate = Callable[[Params], dict[str, float]]  # values -> numbers by name on the untouched test rows
 Record = dict[str, Any]
 
-TIMED = ("seconds", "peak_bytes")  # the fields of a record that may differ between two equal runs
+# The fields of a record that may differ between two equal runs.
+TIMED = ("seconds", "peak_bytes", "class_peak_bytes", "engine")
 
 
-def cohort(plan: Plan, round_: int) -> list[int]:
-    """The clients of a round, drawn without replacement, in the order of their slots."""
-    return random.Random(noise.child_seed(plan.seed, "cohort", round_)).sample(range(plan.clients), plan.cohort)
+def cohort(plan: Plan, round_: int, attempt: int = 0, resting: Collection[int] = ()) -> list[int]:
+    """The clients of a round, drawn without replacement, in the order of their slots.
+
+    Another attempt draws anew. Those that rest are left out, unless nobody else is there.
+    """
+    there = plan.method.present(plan.clients)
+    awake = [i for i in there if i not in resting] or there
+    draw = random.Random(noise.child_seed(plan.seed, "cohort", round_, *(("attempt", attempt) if attempt else ())))
+    return draw.sample(awake, min(plan.cohort, len(awake)))
 
 
 def predicted(method: Method, shapes: costs.Shapes, clients: int, cohort_: int, steps: int) -> costs.Costs:
@@ -75,7 +110,8 @@ def predicted(method: Method, shapes: costs.Shapes, clients: int, cohort_: int, 
     """
     if method.sharing == "pooled":
         clients, cohort_, steps = 1, 1, steps * cohort_
-    built, settle = build(method), 10 * -(-clients // cohort_)
+    built = build(method)
+    settle = 10 * -(-len(built.present(clients)) // cohort_)
     plan = Plan(built, shapes.units, 0, settle, clients, cohort_, eval_every=1, patience=0)
     rounds = [server.deal(shapes.units, cohort(plan, r), built, r) for r in range(1, settle + 1)]
     return costs.predict(method, built, shapes, rounds, steps)
@@ -88,7 +124,7 @@ def lost(seed: int, share: float) -> Callable[[int, int], bool]:
 
 def start(plan: Plan, params: Params) -> tuple[ServerState, Progress]:
     """Before the first round."""
-    return server.init(params, plan.method, plan.clients), Progress()
+    return server.init(params, plan.method, plan.clients, drawn_key(plan.promised)), Progress()
 
 
 def train(
@@ -157,12 +193,12 @@ def one_round(
     since = time.perf_counter()
     round_ = state.round + 1
     due = round_ % plan.eval_every == 0 or round_ == plan.rounds
-    scale = plan.method.schedule(done(plan, state, progress))
-    told = server.begin(state, plan.units, cohort(plan, round_), plan.method, plan.seed, scale, due)
-    answers = exchange(told)
-    state, refused = server.finish(state, told, answers.updates, plan.method, head(plan))
+    tried = _attempts(plan, state, progress, exchange, due)
+    told, answers, state, refused = last = tried[-1]
     kept = [update for update in answers.updates if update.client not in refused.failed]
-    progress = _on(progress, answers, time.perf_counter() - since)
+    shown = [] if plan.promised else kept  # what single answers say is not covered by the promise
+    progress = _on(progress, tried, time.perf_counter() - since)
+    progress = progress._replace(failing=_failing(plan.quorum, progress, tried, round_))
     due = due or spent(plan.limits, progress)  # the last round is evaluated, whatever ended the run
     since = time.perf_counter()
     scores = evaluate(server.served(state)) if due else {}
@@ -170,25 +206,115 @@ def one_round(
     record = {
         "round": round_,
         "cohort": [one.client for one in told],
-        "failed": {str(client): why for client, why in {**answers.failed, **refused.failed}.items()},
-        **_gate(plan.method, kept, refused),
+        "failed": {str(client): why for client, why in last.failed.items()},
+        **_repeated(tried[:-1]),
+        **figures.gate(plan.method, kept, refused),
+        **_spent(plan, round_),
         **({"note": refused.note} if refused.note else {}),
-        "loss": _mean([(u.loss, u.examples) for u in kept]),
+        "loss": figures.mean([(u.loss, u.examples) for u in shown]),
         **scores,
-        **_personal(kept),
-        **_scalars(kept),
-        "peak_bytes": max((u.peak_bytes for u in kept), default=0),
+        **figures.personal(shown),
+        **figures.scalars(shown),
+        "peak_bytes": max((u.peak_bytes for u in shown), default=0),
+        **_engine(tried),
+        **figures.classes(plan.method, told, shown),
         **_totals(progress),
     }
     return record, state, progress
 
 
-def _on(progress: Progress, answers: Answers, seconds: float) -> Progress:
+def _attempts(plan: Plan, state: ServerState, progress: Progress, exchange: Exchange, due: bool) -> list[Tried]:
+    """Cohorts of one round, one after the other, until enough of one answer; the last one's state counts."""
+    out: list[Tried] = []
+    round_, scale = state.round + 1, plan.method.schedule(done(plan, state, progress))
+    resting = {client for client, (_, until) in progress.failing.items() if until >= round_}
+    for attempt in range(plan.quorum.tries):
+        who = cohort(plan, round_, attempt, resting)
+        out.append(_tried(plan, state, who, scale, due, exchange))
+        if len(who) - len(out[-1].failed) >= plan.quorum.share * len(who):
+            return out
+    counts = "; ".join(f"{len(one.told) - len(one.failed)} of {len(one.told)}" for one in out)
+    raise ValueError(
+        f"round {round_}: too few clients answered, {counts}; train.min_answers = {plan.quorum.share:g} asks for more. "
+        f"The finished rounds are safe. See why they failed ({next(iter(out[-1].failed.values()), '')}), then resume."
+    )
+
+
+def _tried(plan: Plan, state: ServerState, who: Sequence[int], scale: float, due: bool, exchange: Exchange) -> Tried:
+    """One cohort's part in a round. A client whose memory was lost is sent the values and asked once more."""
+    told = server.begin(state, plan.units, who, plan.method, plan.seed, scale, due)
+    answers = exchange(told)
+    if answers.lost:
+        state = server.forget(state, answers.lost)
+        again = server.begin(state, plan.units, who, plan.method, plan.seed, scale, due)
+        told = [new if new.client in answers.lost else old for old, new in zip(told, again, strict=True)]
+        more = exchange([one for one in told if one.client in answers.lost])
+        answers = _joined(told, answers, more)
+    return Tried(told, answers, *server.finish(state, told, answers.updates, plan.method, head(plan), plan.promised))
+
+
+def _joined(told: Sequence[Instruction], one: Answers, more: Answers) -> Answers:
+    """Two exchanges of a round as one, answers in the order of the instructions."""
+    by_client = {update.client: update for update in (*one.updates, *more.updates)}
+    again = dict.fromkeys(more.lost, "lost its memory twice in a round")
+    return Answers(
+        [by_client[i.client] for i in told if i.client in by_client],
+        {**one.failed, **more.failed, **again},
+        one.bytes_down + more.bytes_down,
+        one.bytes_up + more.bytes_up,
+        facts=_added([one.facts, more.facts]),
+    )
+
+
+def _added(counts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    total: Counter[str] = Counter()
+    for one in counts:
+        total.update(one)
+    return dict(total)
+
+
+def _spent(plan: Plan, round_: int) -> Record:
+    """The epsilon that the run has spent: of the values, for one client's data being others. None = no bound."""
+    if plan.promised is None:
+        return {}
+    there = len(plan.method.present(plan.clients))
+    value = epsilon(plan.promised, round_, there, min(plan.cohort, there))
+    return {"epsilon": value if math.isfinite(value) else None, "delta": plan.promised.delta}
+
+
+def _repeated(tried: Sequence[Tried]) -> Record:
+    """The cohorts of which too few answered, and why."""
+    told = [
+        {"cohort": [i.client for i in one.told], "failed": {str(client): why for client, why in one.failed.items()}}
+        for one in tried
+    ]
+    return {"repeated": told} if told else {}
+
+
+def _engine(tried: Sequence[Tried]) -> Record:
+    facts = _added([one.answers.facts for one in tried])
+    return {"engine": facts} if facts else {}
+
+
+def _failing(quorum: Quorum, progress: Progress, tried: Sequence[Tried], round_: int) -> dict[int, tuple[int, int]]:
+    """client -> (times it failed running, the round until which it rests) of those that failed when last asked."""
+    if not quorum.rest:
+        return {}
+    failing = dict(progress.failing)
+    for one in tried:
+        for client in (i.client for i in one.told):
+            times = failing.pop(client, (0, 0))[0] + 1
+            if client in one.failed:
+                failing[client] = (times, round_ + quorum.rest if times > 1 else 0)
+    return failing
+
+
+def _on(progress: Progress, tried: Sequence[Tried], seconds: float) -> Progress:
     """The totals after a round's answers."""
-    passes = sum((update.passes for update in answers.updates), start=Passes())
+    passes = sum((update.passes for one in tried for update in one.answers.updates), start=Passes())
     return progress._replace(
-        bytes_down=progress.bytes_down + answers.bytes_down,
-        bytes_up=progress.bytes_up + answers.bytes_up,
+        bytes_down=progress.bytes_down + sum(one.answers.bytes_down for one in tried),
+        bytes_up=progress.bytes_up + sum(one.answers.bytes_up for one in tried),
         value_passes=progress.value_passes + passes.value,
         tangent_passes=progress.tangent_passes + passes.tangent,
         backward_passes=progress.backward_passes + passes.backward,
@@ -210,53 +336,13 @@ def _judged(progress: Progress, accuracy: float, round_: int, seconds: float) ->
 def _totals(progress: Progress) -> Record:
     """The cumulated fields of a record."""
     out = progress._asdict()
-    del out["waited"]
+    del out["waited"], out["failing"]
     return out
-
-
-def _personal(updates: Sequence[Update]) -> Record:
-    """The metric on the clients' own held-out rows before and after local training, their mean weighted by rows."""
-    rows = sum(u.held_out for u in updates)
-    if not rows:
-        return {}
-    return {
-        "personal_before": sum(u.correct_before for u in updates) / rows,
-        "personal_after": sum(u.correct_after for u in updates) / rows,
-    }
-
-
-def _gate(method: Built, updates: Sequence[Update], refused: server.Refused) -> Record:
-    """What the gate looked at, each client's variance (None where one batch has none), and whom it left out."""
-    if not method.gate:
-        return {}
-    variance = {str(u.client): u.variance if math.isfinite(u.variance) else None for u in updates}
-    return {"variance": variance, "gated": list(refused.gated)}
-
-
-def _scalars(updates: Sequence[Update]) -> Record:
-    """What the round's directional derivatives looked like: spikes are how such runs diverge."""
-    whole = sum((update.scalars for update in updates), start=Scalars())
-    drawn = whole[0]
-    if not drawn:
-        return {}
-    kept = drawn - whole.refused
-    return {
-        "scalars": drawn,
-        "scalars_refused": whole.refused,
-        "scalars_clipped": whole.clipped,
-        "scalar_rms": math.sqrt(whole.squares / kept) if kept else None,
-        "scalar_max": whole.largest,
-    }
 
 
 def head(plan: Plan) -> frozenset[str]:
     """Names of the head's values."""
     return frozenset(name for unit in plan.units if unit.head for name in unit.params)
-
-
-def _mean(weighted: Sequence[tuple[float, int]]) -> float | None:
-    total = sum(weight for _, weight in weighted)
-    return sum(value * weight for value, weight in weighted) / total if total else None
 
 
 def _keep(journal: Journal | None, record: Record, state: ServerState, progress: Progress) -> None:

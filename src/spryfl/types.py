@@ -168,6 +168,7 @@ class Share(NamedTuple):
     trace: Trace | None
     pool: Pool | None = None
     merged: bool = False  # the mean over several clients is taken
+    noise: tuple[float, ...] = ()  # relative variance of its estimate, by name, where answers are weighed by it
 
 
 class Round(NamedTuple):
@@ -201,6 +202,7 @@ class Instruction(NamedTuple):
     pool: Pool | None = None
     catch_up: CatchUp | None = None  # values come by replay; `params` holds what does not
     fingerprint: str = ""  # of the noise, where directions are made again elsewhere
+    client_class: str = ""  # which of the method's classes this client belongs to; empty = none
 
 
 class Update(NamedTuple):
@@ -220,6 +222,7 @@ class Update(NamedTuple):
     trace: Trace | None = None
     scalars: Scalars = Scalars()
     variance: float = 0.0  # of the client's mean gradient over its local batches, a value; 0 = not asked
+    noise: tuple[float, ...] = ()  # predicted relative variance of its estimate, by name as told; empty = not asked
 
 
 class Ledger(NamedTuple):
@@ -242,3 +245,4 @@ class ServerState(NamedTuple):
     average: Params = _NOTHING  # over the rounds, where the method asks for it
     guide: Params = _NOTHING  # the last pseudo-gradient, where the method sends it
     ledger: Ledger = Ledger()
+    key: int = 0  # of the noise that keeps answers private; never sent

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import struct
 import zlib
 from collections.abc import Mapping
@@ -33,6 +34,7 @@ from spryfl.types import (
 
 SCHEMA = 2
 _MAGIC = b"SPRYFL\x00\x01"
+_LARGEST = 1 << 27  # bytes of a header once inflated: no sender may fill the memory with a few bytes
 _PREFIX = struct.Struct("<8sII")
 _RECORDS: dict[str, Any] = {
     one.__name__: one
@@ -66,10 +68,19 @@ def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
     body = memoryview(data)[_PREFIX.size :]
     if _checksum(length, body) != checksum:
         raise ValueError(f"the container of {len(data)} bytes is cut short or damaged: its checksum does not match.")
-    header = json.loads(zlib.decompress(body[:length]))
+    header = json.loads(_inflated(body[:length]))
     if header.pop("schema") != SCHEMA:
         raise ValueError(f"the container has another schema than {SCHEMA}; read it with the version that wrote it.")
     return header, _tensors(header.pop("tensors"), body[length:])
+
+
+def _inflated(data: memoryview) -> bytes:
+    """A header, whose size is not left to whoever sent it."""
+    inflate = zlib.decompressobj()
+    header = inflate.decompress(data, _LARGEST)
+    if not inflate.eof or inflate.unused_data:
+        raise ValueError(f"the container's header is cut short, has more behind it, or is over {_LARGEST} bytes.")
+    return header
 
 
 def encode(message: Instruction | Update) -> bytes:
@@ -148,9 +159,11 @@ def _raw(value: Tensor) -> bytes:
 
 def _tensors(index: list[tuple[str, str, list[int]]], data: memoryview) -> dict[str, Tensor]:
     out, start = {}, 0
-    for name, dtype, shape in index:
+    sizes = [math.prod(shape) * _DTYPES[dtype].itemsize for _, dtype, shape in index]
+    if any(size < 0 for _, _, shape in index for size in shape) or sum(sizes) != len(data):
+        raise ValueError(f"the container's tensors take {sum(sizes)} bytes by its header, and there are {len(data)}.")
+    for (name, dtype, shape), size in zip(index, sizes, strict=True):
         empty = torch.empty(shape, dtype=_DTYPES[dtype])
-        size = empty.numel() * empty.element_size()
         if size:
             ctypes.memmove(empty.data_ptr(), bytes(data[start : start + size]), size)
         out[name], start = empty, start + size

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 
 from spryfl import trace
-from spryfl.choices import Built, Method
+from spryfl.choices import Built, Method, parties
+from spryfl.classes import ClientClass, member
 from spryfl.costs import flops, traffic
 from spryfl.costs.passes import Step, passes, predictor, step_flops
 from spryfl.costs.shapes import Shapes, size
@@ -52,8 +53,9 @@ def predict(method: Method, built: Built, shapes: Shapes, rounds: Sequence[Dealt
         steps: local batches of a client in a round.
     """
     one = work(method, shapes)
-    own = next((list(_asked(dealt).values()) for dealt in rounds if _asked(dealt)), [])
-    made = [one(mine) for mine in own]
+    asked = next((_asked(dealt) for dealt in rounds if _asked(dealt)), {})
+    own = list(asked.values())
+    made = [one(mine, client) for client, mine in asked.items()]
     known = [step for step in made if step is not None]
     parts = traffic.run(built, shapes.units, one, rounds, steps)
     late = parts[len(parts) // 2 :] if parts else []
@@ -64,8 +66,8 @@ def predict(method: Method, built: Built, shapes: Shapes, rounds: Sequence[Dealt
         passes=_mean_passes(shapes, known) if known else None,
         sure=all(step.sure for step in known),
         flops=sum(each) / len(each) if each else None,
-        paper_flops=_paper_flops(method, shapes, own, known),
-        paper=traffic.paper(built, dict(enumerate(own)), one, steps),
+        paper_flops=None if method.classes else _paper_flops(method, shapes, own, known),
+        paper=traffic.paper(built, asked, one, steps),
         round=mean,
         first=parts[0] if parts else None,
         headers=headers(built, shapes, rounds, one, steps) if parts and own else None,
@@ -80,13 +82,23 @@ def _asked(dealt: Dealt) -> dict[int, tuple[Unit, ...]]:
     return {client: tuple(mine) for client, mine in dealt.items() if mine}
 
 
-def work(method: Method, shapes: Shapes) -> Callable[[Sequence[Unit]], Step | None]:
-    """What one estimate does, as a function of a client's units; None where the estimator is unknown."""
-    options = {key: value for key, value in method.estimator.items() if key != "kind"}
-    exact = {"exact_head": True} if method.head == "exact" else {}
-    made = predictor(method.estimator["kind"], {**options, **exact})
-    remembered = cache(lambda mine: made(shapes, mine) if made else None)
-    return lambda mine: remembered(tuple(mine))
+def work(method: Method, shapes: Shapes) -> Work:
+    """What one estimate does, as a function of a client's units and its number; None where the estimator is unknown."""
+    of = member(method.classes)
+    made = {one.name: _predictor(one) for one in parties(method)}
+
+    @cache
+    def remembered(mine: tuple[Unit, ...], name: str) -> Step | None:
+        predict = made[name]
+        return predict(shapes, mine) if predict else None
+
+    return lambda mine, client=0: remembered(tuple(mine), of(client))
+
+
+def _predictor(one: ClientClass) -> Callable[..., Step] | None:
+    options = {key: value for key, value in one.estimator.items() if key != "kind"}
+    exact = {"exact_head": True} if one.head == "exact" else {}
+    return predictor(one.estimator["kind"], {**options, **exact})
 
 
 def _mean_passes(shapes: Shapes, steps: Sequence[Step]) -> Passes:
@@ -120,8 +132,8 @@ def headers(
     """Header bytes of one instruction and of one answer, measured on messages of these shapes in a late round."""
     client, mine = next((client, mine) for dealt in reversed(rounds) for client, mine in _asked(dealt).items())
     own = tuple(name for unit in mine for name in unit.params)
-    made = _trace(one(mine), steps) if method.scalars else None
-    back = _dense(one(mine)) if method.scalars else mine
+    made = _trace(one(mine, client), steps) if method.scalars else None
+    back = _dense(one(mine, client)) if method.scalars else mine
     seen = max((i for i, dealt in enumerate(rounds[:-1], 1) if client in dealt), default=0)
     catch = None
     if method.follows and seen and not method.seeds.pool:
@@ -135,15 +147,17 @@ def headers(
         {} if catch else _values(shapes.units),
         catch_up=catch,
         fingerprint=trace.fingerprint() if method.scalars else "",
+        client_class=method.member(client),
     )
-    done = Update(len(rounds), client, _values(back), 100, 1 / 3, Passes(steps, steps), 0, 0.0, trace=made)
+    noise = (2.5,) * len(own) if method.by_noise else ()
+    done = Update(len(rounds), client, _values(back), 100, 1 / 3, Passes(steps, steps), 0, 0.0, trace=made, noise=noise)
     return Traffic(traffic.header(told), traffic.header(done))
 
 
 def _shares(method: Built, dealt: Dealt, one: Work, steps: int) -> tuple[Share, ...]:
     own = tuple(
-        Share(2**62 + i, (), 1.0, 100, _values(_dense(one(mine))), _trace(one(mine), steps))
-        for i, mine in enumerate(_asked(dealt).values())
+        Share(2**62 + i, (), 1.0, 100, _values(_dense(one(mine, client))), _trace(one(mine, client), steps))
+        for i, (client, mine) in enumerate(_asked(dealt).items())
     )
     return own[:1] if method.seeds.shared else own
 

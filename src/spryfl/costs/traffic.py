@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from spryfl import assign, wire
+from spryfl import wire
 from spryfl.choices import Built
 from spryfl.costs.passes import Step
 from spryfl.costs.shapes import size
@@ -27,7 +27,7 @@ from spryfl.types import Instruction, Unit, Update
 
 ACCOUNT = 16  # bytes: seconds and peak memory, in every answer
 Dealt = Mapping[int, Sequence[Unit]]  # client -> its units in one round
-Work = Callable[[Sequence[Unit]], Step | None]
+Work = Callable[..., Step | None]  # (units, client's number): what one estimate of it does
 
 
 class Traffic(NamedTuple):
@@ -57,7 +57,7 @@ def paper(method: Built, dealt: Dealt, work: Work, steps: int) -> Traffic | None
     own = sum(size(mine) for mine in dealt.values())
     if not method.scalars:
         return Traffic(own, own)
-    made = [work(mine) for mine in dealt.values()]
+    made = [work(mine, client) for client, mine in dealt.items()]
     known = [step.terms for step in made if step is not None]
     return Traffic(own + len(dealt), steps * sum(known)) if len(known) == len(made) else None
 
@@ -87,17 +87,17 @@ def run(method: Built, units: Sequence[Unit], work: Work, rounds: Sequence[Dealt
     Args:
         method: the method's functions.
         units: all that is trainable.
-        work: a client's units -> what one estimate of its does.
+        work: a client's units and its number -> what one estimate of its does.
         rounds: each round's clients and their units, from the first on.
         steps: local batches of a client in a round.
     """
     book, out = _Book(method, units), []
     for number, given in enumerate(rounds, start=1):
         dealt = {client: mine for client, mine in given.items() if mine}
-        made = {client: work(mine) for client, mine in dealt.items()}
+        made = {client: work(mine, client) for client, mine in dealt.items()}
         if method.scalars and None in made.values():
             return None
-        sent = [unit for unit in units if unit.head or method.assign is not assign.no_unit]
+        sent = [unit for unit in units if unit.head or method.moves]
         ways = [_told(book, number, client, sent) for client in dealt]
         shares = [_answer(method, mine, made[client], steps, bool(book.moved)) for client, mine in dealt.items()]
         kept = _kept(method, dealt, shares)
