@@ -28,6 +28,7 @@ RANKS: list[list[str]] = [
     ["models", "config", "journal"],
     ["client", "server", "packing"],
     ["footprint"],
+    ["recording"],
     ["train", "plan"],
     ["sizing"],
     ["engines", "testing"],
