@@ -4,13 +4,14 @@
     config("llama2-7b")            # transformers' LlamaConfig of that model
 
 Memory and time of a step do not depend on the values, so random ones stand in for the pretrained: see random_store of
-spryfl.backbone.store. The numbers are those of the models' own config.json.
+spryfl.packing. The numbers are those of the models' own config.json.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import tokenizers
 import transformers
 from transformers import PretrainedConfig
 
@@ -135,3 +136,11 @@ def config(name: str, **changes: Any) -> PretrainedConfig:
         raise ValueError(f'shape "{name}" is unknown. Possible: {", ".join(NAMES)}.')
     shape = NAMES[name]
     return getattr(transformers, shape.kind)(**{**shape.values, **changes})
+
+
+def tokenizer(size: int = 1000) -> Any:
+    """A tokenizer of so many numbers as words, so that a random model can be opened and run like any other."""
+    words = {"[PAD]": 0, "[UNK]": 1, **{str(i): i for i in range(2, size)}}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]")

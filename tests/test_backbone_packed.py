@@ -75,6 +75,17 @@ def test_four_bits_are_bitsandbytes():
     assert torch.equal(CODECS["4bit"].decode(parts, (8, 128), 0, 8), bnb.dequantize_4bit(codes, state))
 
 
+def test_eight_bits_are_off_by_half_a_step_at_most():
+    """A step is a 127th of the largest value in the block."""
+    weight = torch.randn(16, 256)
+    blocks = weight.unflatten(1, (-1, 64))
+    step = blocks.abs().amax(2, keepdim=True) / 127
+    parts = CODECS["8bit"].encode(weight)
+    off = (CODECS["8bit"].decode(parts, (16, 256), 0, 16).unflatten(1, (-1, 64)) - blocks).abs()
+    assert (off <= 0.501 * step).all()
+    assert (off.amax(2, keepdim=True) > 0.4 * step).all()
+
+
 def test_a_row_of_zeros_stays_zero():
     for precision in CODECS:
         assert not pack_of(torch.zeros(4, 64), precision).weight.clone().any()
@@ -94,12 +105,10 @@ def test_unknown_precision():
 
 
 def test_four_bits_without_bitsandbytes(monkeypatch):
-    codec.bitsandbytes.cache_clear()
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ValueError, match=r"needs bitsandbytes: `pip install \"spryfl\[quantized\]\"`"):
         CODECS["4bit"].encode(torch.ones(2, 64))
     CODECS["8bit"].encode(torch.ones(2, 64))
-    codec.bitsandbytes.cache_clear()
 
 
 @pytest.mark.parametrize("names", [("x",), ("x", "bias"), ("bias",)], ids=" and ".join)
@@ -211,6 +220,8 @@ def test_the_bits_do_not_depend_on_where_the_parts_lie(precision):
             moved[name] = room[start : start + part.nbytes].view(part.dtype).view(part.shape)
             moved[name].copy_(part)
             assert moved[name].data_ptr() % 64 == off
+        rows = CODECS[precision].decode(moved, (50, 100), 16, 32)
+        assert rows.data_ptr() % 64 == 0  # what decides on the bits, at some shapes
         products.append(multiply(x, None, Matrix(precision, (50, 100), lambda moved=moved: moved)))
     assert all(torch.equal(products[0], one) for one in products[1:])
 

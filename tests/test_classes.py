@@ -7,6 +7,7 @@ import math
 import statistics
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,25 @@ from test_exchange import HEAD, UNITS, close, equal, local, rounds, start
 from test_methods import ran, settings, untimed  # noqa: F401  (a fixture)
 from toy import Toy, problem
 
-from spryfl import api, assign, classes, client, costs, explain, job, journal, models, noise, server, train, tree, wire
+from spryfl import (
+    api,
+    assign,
+    classes,
+    client,
+    compare,
+    costs,
+    explain,
+    job,
+    journal,
+    models,
+    noise,
+    packing,
+    server,
+    sizing,
+    train,
+    tree,
+    wire,
+)
 from spryfl.assign import budget, few
 from spryfl.classes import ClientClass, member
 from spryfl.config import Experiment, parse
@@ -494,3 +513,132 @@ def test_a_class_keeps_the_methods_options_of_the_same_kind():
     assert made.method.classes[0].estimator["distribution"] == "sphere"
     assert made.method.classes[0].estimator["directions"] == 5
     assert classes.present(made.method.classes, 4) == (0, 1, 2, 3)
+
+
+# Memory --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("2GB", 2e9), ("800 MB", 8e8), ("1.5GiB", 1.5 * 2**30), ("1e9", 1e9), ("64kb", 64e3), ("3TB", 3e12), ("7B", 7)],
+)
+def test_sizes(text, expected):
+    assert sizing.nbytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-2GB", "2 G", "0MB", "1.2.3GB", "two"])
+def test_what_is_no_size(text):
+    with pytest.raises(ValueError, match="is no size"):
+        sizing.nbytes(text)
+
+
+MEMORY = [
+    {"name": "large", "share": 0.5, "memory": "4GB"},
+    {"name": "small", "share": 0.25, "memory": "3GB", "lr": 0.5},
+    {"name": "plain", "share": 0.25, "estimator": "forward"},
+]
+
+
+@pytest.fixture
+def planner(monkeypatch):
+    """A planner by hand: backprop from 4 GB on, else forward mode in pieces; what it was asked is kept."""
+    asked = []
+
+    def fitting(budget, of, method, mine=None, *, rows, tokens, clients=1, stream=True):
+        asked.append((budget, mine and [unit.name for unit in mine], rows, tokens, stream))
+        if budget < 1e9:
+            raise ValueError("nothing fits; the smallest need is 1.0 GB.")
+        large = budget >= 4e9
+        kind = {"kind": "backprop", "checkpoint": True} if large else {"kind": "forward", "directions": 3}
+        made = replace(method, estimator=kind, head="shared" if large else "exact")
+        return SimpleNamespace(setting=SimpleNamespace(method=made, micro_batch=0 if large else 2, stream=False))
+
+    monkeypatch.setattr(sizing, "fitting", fitting)
+    return asked
+
+
+def test_a_budget_becomes_what_fits_it_and_stands_in_the_configuration(settings, planner, tmp_path):  # noqa: F811
+    made = api.prepared(parse(settings(method={"name": "fedavg", "classes": MEMORY}, train={"rounds": 2})))
+    large, small, plain = made.experiment.method.classes
+    assert (large.estimator, large.assignment, large.head) == ({"kind": "backprop", "checkpoint": True}, {}, "")
+    assert (small.estimator["directions"], small.assignment, small.head) == (3, sizing.ONE, "exact")
+    assert (small.micro_batch, small.lr, small.memory, small.chosen_for) == (2, 0.5, "", "3GB")
+    assert plain.chosen_for == ""
+    assert [(budget, mine is None) for budget, mine, *_ in planner] == [(4e9, True), (3e9, True), (3e9, False)]
+    assert planner[0][2] == 8
+    longest = max(len(one["input_ids"]) for row in made.rows.inputs for one in row)
+    assert planner[0][3] == longest
+    assert not planner[0][4]  # not a packed model
+    whole = list(job.run(made, *job.begin(made, tmp_path / "one")))
+    asked = len(planner)
+    again = api.prepared(Experiment.load(tmp_path / "one" / "config.toml"))
+    assert len(planner) == asked  # the planner is not needed again
+    assert again.experiment.method.classes == made.experiment.method.classes
+    rest = list(job.run(again, *job.begin(again, None)))
+    assert equal(rest[-1][1].params, whole[-1][1].params)
+
+
+def test_a_budget_that_nothing_fits_names_the_class(settings, planner):  # noqa: F811
+    few_bytes = [{"name": "tiny", "share": 0.5, "memory": "10MB"}]
+    with pytest.raises(ValueError, match=r'"tiny" with memory = "10MB": nothing fits; the smallest need is 1\.0 GB'):
+        api.prepared(parse(settings(method={"name": "fedavg", "classes": few_bytes})))
+
+
+def test_a_users_own_assignment_is_kept(settings, planner):  # noqa: F811
+    own = [{"name": "small", "share": 0.5, "memory": "3GB", "assignment": {"kind": "few", "units": 2}}]
+    made = api.prepared(parse(settings(method={"name": "fedavg", "classes": own})))
+    assert made.experiment.method.classes[0].assignment == {"kind": "few", "units": 2}
+
+
+def test_a_comparison_goes_on_though_the_budget_was_turned_into_choices(settings, planner, tmp_path):  # noqa: F811
+    changes = {"mixed": {"method": {"name": "fedavg", "classes": MEMORY}}}
+    given_ = {**settings(), "compare": {"methods": ["mixed"], "changes": changes}}
+    list(compare.turns(compare.parse(given_), tmp_path / "c"))
+    asked = len(planner)
+    assert asked
+    list(compare.turns(compare.parse(given_), tmp_path / "c"))
+    changes["mixed"]["method"]["classes"][0] = {**MEMORY[0], "memory": "5GB"}
+    with pytest.raises(ValueError, match="other settings"):
+        list(compare.turns(compare.parse(given_), tmp_path / "c"))
+
+
+def test_a_class_holds_the_model_in_its_own_pieces(settings):  # noqa: F811
+    """Pieces change the memory, not the result beyond rounding."""
+    weak = [{"name": "weak", "share": 0.5, "estimator": {"kind": "forward", "directions": 2}, "micro_batch": 2}]
+    other = [{key: value for key, value in weak[0].items() if key != "micro_batch"}]
+    one, two = (ran(settings(method={"name": "fedavg", "classes": c}, train={"rounds": 2})) for c in (weak, other))
+    assert close(one[2], two[2], 1e-4)
+    peaks = [[record["class_peak_bytes"]["weak"] for record in records[1:]] for _, records, _ in (one, two)]
+    assert any(peaks[1])
+    assert all(a < b for a, b in zip(*peaks, strict=True) if b)
+
+
+def test_a_class_streams_the_packed_model(settings, tiny, tmp_path):  # noqa: F811
+    """The same run whether its clients stream or not, bit for bit: values are read from other places, not others."""
+    packing.pack(str(tiny), tmp_path / "packed", "float32")
+    model = {"name": str(tmp_path / "packed")}
+    weak = {"name": "weak", "share": 0.5, "estimator": "forward", "head": "exact", "assignment": "few"}
+    results = []
+    for stream in (True, False):
+        method = {"name": "fedavg", "classes": [{**weak, "stream": stream}]}
+        made, records, final = ran(settings(model=model, method=method, train={"rounds": 2}))
+        assert (made.streamed is not None) == stream
+        results.append((untimed(records), final))
+    assert results[0][0] == results[1][0]
+    assert equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({**A, "memory": "2GB", "estimator": "forward"}, ["memory and estimator", "Remove"]),
+        ({**A, "memory": "2GB", "micro_batch": 2}, ["memory and micro_batch"]),
+        ({**A, "stream": True}, ["packed"]),
+        ({**A, "micro_batch": 9}, ['micro_batch of class "a" = 9', "batch_size = 8"]),
+        ({**A, "micro_batch": -1}, ["micro_batch = -1"]),
+    ],
+)
+def test_what_a_class_cannot_hold(section, words):
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        parse(classed(section))
+    assert all(word in str(error.value) for word in words), str(error.value)

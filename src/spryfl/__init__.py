@@ -11,12 +11,16 @@ Importing this costs nothing: what needs torch or transformers is loaded when it
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from spryfl.api import finetune
     from spryfl.config import Experiment
     from spryfl.methods import ClientClass, Method
+
+# bitsandbytes, which peft imports where it is installed, warns of a kernel that nothing here would use.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 __version__ = "0.1.0"
 __all__ = ["ClientClass", "Experiment", "Method", "finetune"]

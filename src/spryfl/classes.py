@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -41,6 +41,10 @@ class ClientClass:
     assignment: Mapping[str, Any] = field(default_factory=dict)
     head: str = ""  # shared | exact
     lr: float = 1.0  # factor on the local learning rate
+    micro_batch: int = 0  # rows at once; 0 = as train.micro_batch says
+    stream: bool = False  # of a packed model one block in memory at a time
+    memory: str = ""  # of a client's process, "2GB": what fits it is chosen when a run is set up
+    chosen_for: str = ""  # the memory that the choices above were made for
     absent: bool = False  # never asked: what a federation is without them, on the same partition
 
 
@@ -68,9 +72,23 @@ def check(classes: Sequence[ClientClass]) -> None:
             raise ValueError(f"{where} has share = {one.share}: a share of the clients is above 0 and at most 1.")
         if not one.lr > 0:
             raise ValueError(f"{where} has lr = {one.lr}: the factor on the local learning rate must be above 0.")
+        if one.micro_batch < 0:
+            raise ValueError(f"{where} has micro_batch = {one.micro_batch}: rows at once, or 0 as train.micro_batch.")
+    _check_memory(classes)
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise ValueError(f"method.classes: {twice[0]!r} stands there twice. Give each class a name of its own.")
     _check_shares(classes)
+
+
+def _check_memory(classes: Sequence[ClientClass]) -> None:
+    """A budget chooses; what it chooses is not chosen beside it."""
+    for one in classes:
+        beside = [key for key in ("estimator", "head", "micro_batch", "stream", "chosen_for") if getattr(one, key)]
+        if one.memory and beside:
+            raise ValueError(
+                f"method.classes: '{one.name}' has memory and {beside[0]}; the memory chooses estimator, head, "
+                f"micro_batch and stream. Remove one of them."
+            )
 
 
 def _check_shares(classes: Sequence[ClientClass]) -> None:
@@ -89,6 +107,15 @@ def _check_shares(classes: Sequence[ClientClass]) -> None:
         raise ValueError(f"method.classes: client {twice[0]} is listed twice. A client belongs to one class.")
     if negative := [client for client in listed if client < 0]:
         raise ValueError(f"method.classes: client {negative[0]} is listed; clients have the numbers from 0 on.")
+
+
+def asked(one: ClientClass) -> ClientClass:
+    """A class as it was asked for: with its memory in place of what was chosen for it."""
+    if not (one.memory or one.chosen_for):
+        return one
+    usual = ClientClass("")
+    plain = {key: getattr(usual, key) for key in ("estimator", "assignment", "head", "micro_batch", "stream")}
+    return replace(one, **plain, memory=one.memory or one.chosen_for, chosen_for="")
 
 
 def present(classes: Sequence[ClientClass], clients: int) -> tuple[int, ...]:

@@ -18,6 +18,8 @@ GROUPS = (
     "training",
     "tables",
     "answers",
+    "planning",
+    "profiling",
     "packing",
     "flower",
 )

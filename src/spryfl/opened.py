@@ -65,7 +65,8 @@ def from_files(auto: Any, where: str, name: str, options: dict[str, Any]) -> tup
             where, ignore_mismatched_sizes=True, output_loading_info=True, **options, **more
         )
         missing, own = set(found["missing_keys"]), f"{model.base_model_prefix}."
-        trunk = [key for key in model.state_dict() if key.startswith(own)]
+        values = list(model.state_dict())
+        trunk = [key for key in values if key.startswith(own)] or values  # or the model is the trunk itself
         return model, missing, 2 * sum(key in missing for key in trunk) > len(trunk)
 
     model, missing, lost = opened()

@@ -25,12 +25,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
-from spryfl import hub, models, opened
+from spryfl import hub, opened
 from spryfl.backbone.codec import Parts, codec_of
 from spryfl.backbone.store import FILE, REST, TYPES, is_packed
 from spryfl.backbone.writing import Item, refuse, write_store
 from spryfl.hooks import seeded
 from spryfl.layout import blocks_of
+from spryfl.named import explained, resolve, silent
 
 _BESIDE = (".json", ".txt", ".model", ".py", ".jinja", ".spm", ".bpe", ".tiktoken")  # configuration, tokenizer
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -80,10 +81,10 @@ def pack(
     """
     codec_of(precision)
     refuse(Path(folder))
-    where, _ = models.resolve(name)
+    where, _ = resolve(name)
     if is_packed(where):
         raise ValueError(f'model "{name}" is packed already. Give the checkpoint it was made from.')
-    with models.silent(), models.explained(name, "AutoModel"):
+    with silent(), explained(name, "AutoModel"):
         options = {"revision": revision or None, "local_files_only": Path(where).is_dir() or not hub.reachable()}
         config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **options)
         files = Path(where) if Path(where).is_dir() else _fetched(where, trust_remote_code, options)

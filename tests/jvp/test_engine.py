@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils.checkpoint import checkpoint
 
-from spryfl.jvp import jvp
+from spryfl.jvp import jvp, rule_for
 from spryfl.jvp.dual import Dual, promoted
 from spryfl.jvp.memory import pool
+from spryfl.jvp.registry import OWN, Op
 
 X = torch.linspace(-1.0, 1.0, 12, dtype=torch.float64).view(3, 4)
 W = torch.linspace(-0.7, 0.9, 20, dtype=torch.float64).view(5, 4)
@@ -332,3 +336,30 @@ def test_an_error_inside_leaves_nothing_behind() -> None:
         jvp(f, {"w": W}, {"w": torch.ones(1, 5, 4).double()})
     assert type(buffer) is Tensor
     assert pool.get() is None
+
+
+class Factor(NamedTuple):
+    value: float
+
+
+def cube(x: torch.Tensor, factor: Factor) -> torch.Tensor:
+    """What no tangent could follow: through numpy, and with an argument that is no tensor."""
+    if has_torch_function((x,)):
+        return handle_torch_function(cube, (x,), x, factor)
+    return torch.from_numpy(factor.value * x.detach().numpy() ** 3)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_rule_for_a_function_of_ones_own(listed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(OWN, cube, raising=False)
+
+    @rule_for(cube)
+    def body(op: Op, x: torch.Tensor, factor: Factor) -> Any:
+        slope = 3 * factor.value * x**2
+        tangents = [args[0] * slope for args, _ in op.directions]
+        return op.func(x, factor), tangents if listed else (lambda d, _: d * slope)
+
+    x, d = torch.randn(4), torch.randn(3, 4)
+    found = jvp(lambda p: cube(p["x"].sin(), Factor(2.0)).sum(), {"x": x}, {"x": d})
+    truth = jvp(lambda p: (2.0 * p["x"].sin() ** 3).sum(), {"x": x}, {"x": d})
+    torch.testing.assert_close(found, truth)

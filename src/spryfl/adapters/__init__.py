@@ -39,7 +39,7 @@ from spryfl.adapters.families import (
     vera,
 )
 from spryfl.adapters.put import TRAINED, load, save, wrap
-from spryfl.adapters.units import Adapted, adapted, head_modules
+from spryfl.adapters.units import Adapted, adapted, foreign, head_modules
 
 
 def build(choice: Mapping[str, Any]) -> Adapter:
@@ -59,6 +59,7 @@ __all__ = [
     "adapted",
     "bitfit",
     "build",
+    "foreign",
     "fourierft",
     "head",
     "head_modules",

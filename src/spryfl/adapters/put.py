@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from spryfl.adapters import core
 from spryfl.adapters.families import NOTHING, Adapter
-from spryfl.adapters.units import Adapted, adapted, head_modules, own, state
+from spryfl.adapters.units import Adapted, adapted, head_modules, own, plain_head, state
 
 TRAINED = "trained.safetensors"  # beside an adapter of which PEFT would train more
 # Where PEFT has no choice of its own: model type -> LoRA's targets (query and value), IA3's, its feed-forward ones.
@@ -36,6 +36,8 @@ def wrap(model: nn.Module, adapter: Adapter, head: bool = True) -> Adapted:
         ValueError: a target module or a layer is not there, and it lists the linear layers that are; or the adapter's
             options do not fit the targets.
     """
+    if head:
+        plain_head(model)
     config = _filled(adapter.config(head_modules(model) if head else ()), model)
     try:
         with _quiet():

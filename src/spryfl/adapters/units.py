@@ -1,5 +1,8 @@
 """What of an adapted model is trained, and in which units: values that are moved together. Costs the values, float32.
 
+Adapter and head are float32 whatever the model is in: what comes to the head in a lower precision is cast at its door.
+Trained values of the model itself (BitFit's biases) are float32 here and of the model's type inside (`ModelLoss`).
+
 A family may share values over its maps (VB-LoRA's bank, Uni-LoRA's values, a tied TinyLoRA vector): they are a unit of
 their own and counted once, where the first map that holds them stands.
 """
@@ -14,7 +17,10 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import PeftConfig, PeftModel
+from peft.utils import ModulesToSaveWrapper
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from spryfl.adapters.core import Core
 from spryfl.types import Unit
@@ -36,10 +42,43 @@ def head_modules(model: nn.Module) -> tuple[str, ...]:
     return tuple(n for n, child in children if n != model.base_model_prefix and any(True for _ in child.parameters()))
 
 
+def plain_head(model: nn.Module) -> None:
+    """Makes the linear maps of a head that is to be trained ordinary ones, where a library quantized them too."""
+    for head in head_modules(model):
+        for path, layer in list(model.get_submodule(head).named_modules(prefix=head)):
+            if isinstance(layer, nn.Linear) and (foreign(layer) or "weight" not in layer._parameters):
+                made = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+                made.load_state_dict({"weight": _decoded(layer), **_bias(layer)})
+                parent, _, name = path.rpartition(".")
+                setattr(model.get_submodule(parent), name, made.to(layer.weight.device))
+
+
+def foreign(layer: nn.Module) -> bool:
+    """Whether a library keeps this layer's weight in a form of its own, or would: bitsandbytes, torchao."""
+    weight = layer._parameters.get("weight")
+    known = type(layer).__module__.startswith("bitsandbytes.")
+    return known or (weight is not None and type(weight) not in (nn.Parameter, Tensor))
+
+
+def _decoded(layer: nn.Module) -> Tensor:
+    """The values of such a weight, float32."""
+    weight: Any = layer.weight
+    if not weight.is_floating_point():
+        weight = dequantize_module_weight(layer)  # bitsandbytes; one that it never came to quantize is floating
+    values: Tensor = weight.dequantize() if type(weight).__module__.startswith("torchao.") else weight.clone()
+    return values.detach().float()
+
+
+def _bias(layer: nn.Module) -> dict[str, Tensor]:
+    bias: Any = layer.bias
+    return {} if bias is None else {"bias": bias.detach().float()}
+
+
 def adapted(module: PeftModel) -> Adapted:
     """Lists what is trainable in a PEFT model, and freezes the module: values are passed in by name from here on."""
     shared = _tied(module)
     frozen = _frozen_head(module)
+    _wide_head(module)
     trainable = {
         n: p
         for n, p in module.named_parameters()
@@ -51,6 +90,9 @@ def adapted(module: PeftModel) -> Adapted:
     for name, value in trainable.items():
         unit = (shared[id(value)], False) if id(value) in shared else _unit_of(name, module.base_model.prefix)
         groups.setdefault(unit, []).append(name)
+    for name, value in trainable.items():
+        if value.itemsize < 4 and (own(module, name) or ".modules_to_save." in name):
+            value.data = value.data.float()
     params = {name: value.detach().float().clone() for name, value in trainable.items()}
     for value in module.parameters():
         value.requires_grad_(False)
@@ -82,6 +124,19 @@ def _frozen_head(module: PeftModel) -> tuple[str, ...]:
     saved = {name for config in module.peft_config.values() for name in getattr(config, "modules_to_save", None) or ()}
     base = module.get_base_model()
     return tuple(f"{_TRUNK}{name}." for name in head_modules(base) if name not in saved)
+
+
+def _wide_head(module: PeftModel) -> None:
+    """A head that is trained on a model in half precision has float32 inputs, as it has float32 values."""
+    if not any(value.is_floating_point() and value.itemsize < 4 for value in module.parameters()):
+        return
+    for wrapper in module.modules():
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            wrapper.register_forward_pre_hook(_widened, with_kwargs=True)
+
+
+def _widened(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    return tree_map_only(Tensor, lambda x: x.float() if x.is_floating_point() and x.itemsize < 4 else x, (args, kwargs))
 
 
 def _tied(module: PeftModel) -> dict[int, str]:

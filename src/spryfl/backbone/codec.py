@@ -14,9 +14,7 @@ precision; in one piece of 64 MB seven times that, for page faults.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -44,9 +42,9 @@ def codec_of(precision: str) -> Codec:
     Raises:
         ValueError: there is none.
     """
-    if precision not in CODECS:
+    if precision not in CODECS and precision not in FOUND:
         raise ValueError(f'precision = "{precision}" is unknown. Possible: {", ".join(CODECS)}.')
-    return CODECS[precision]
+    return CODECS[precision] if precision in CODECS else FOUND[precision]
 
 
 def nbytes(precision: str, shape: Shape) -> int:
@@ -112,19 +110,23 @@ def _layout_8bit(shape: Shape) -> Layout:
     return {"weight": (torch.int8, (rows, blocks * BLOCK)), "scale": (torch.float32, (rows, blocks))}
 
 
-def _encode_4bit(weight: Tensor) -> dict[str, Tensor]:
-    blocks = _scaled(weight).flatten(1).contiguous()
-    codes, state = bitsandbytes().functional.quantize_4bit(blocks, blocksize=BLOCK, quant_type="nf4")
-    return {"weight": codes.view(len(blocks), -1), "absmax": state.absmax.view(len(blocks), -1)}
+def _four_bits(levels: str) -> Codec:
+    """bitsandbytes' 4-bit codes: "nf4", the quantiles of a normal distribution, or "fp4"."""
 
+    def encode(weight: Tensor) -> dict[str, Tensor]:
+        blocks = _scaled(weight).flatten(1).contiguous()
+        codes, state = bitsandbytes().functional.quantize_4bit(blocks, blocksize=BLOCK, quant_type=levels)
+        return {"weight": codes.view(len(blocks), -1), "absmax": state.absmax.view(len(blocks), -1)}
 
-def _decode_4bit(parts: Parts, shape: Shape, first: int, last: int) -> Tensor:
-    bitsandbytes()
-    codes, absmax = parts["weight"][first:last], parts["absmax"][first:last]
-    size = [last - first, absmax.shape[1] * BLOCK]
-    decoded = torch.ops.bitsandbytes.dequantize_4bit.default
-    rows: Tensor = decoded(codes.reshape(-1, 1), absmax.reshape(-1), BLOCK, "nf4", size, torch.float32)
-    return rows[:, : shape[1]]
+    def decode(parts: Parts, shape: Shape, first: int, last: int) -> Tensor:
+        bitsandbytes()
+        codes, absmax = parts["weight"][first:last], parts["absmax"][first:last]
+        size = [last - first, absmax.shape[1] * BLOCK]
+        decoded = torch.ops.bitsandbytes.dequantize_4bit.default
+        rows: Tensor = decoded(codes.reshape(-1, 1), absmax.reshape(-1), BLOCK, levels, size, torch.float32)
+        return rows[:, : shape[1]]
+
+    return Codec(encode, decode, _layout_4bit)
 
 
 def _layout_4bit(shape: Shape) -> Layout:
@@ -132,24 +134,18 @@ def _layout_4bit(shape: Shape) -> Layout:
     return {"weight": (torch.uint8, (rows, blocks * BLOCK // 2)), "absmax": (torch.float32, (rows, blocks))}
 
 
-@cache
 def bitsandbytes() -> Any:
-    """The library of the 4-bit codec, without the line it prints for want of a kernel that nothing here uses.
+    """The library of the 4-bit codec.
 
     Raises:
         ValueError: it is not installed.
     """
-    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    before = log.level
-    log.setLevel(logging.ERROR)
     try:
         import bitsandbytes
     except ImportError as error:
         raise ValueError(
             'precision = "4bit" needs bitsandbytes: `pip install "spryfl[quantized]"`. Or use precision = "8bit".'
         ) from error
-    finally:
-        log.setLevel(before)
     return bitsandbytes
 
 
@@ -158,5 +154,7 @@ CODECS: dict[str, Codec] = {
     "bfloat16": _plain(torch.bfloat16),
     "float16": _plain(torch.float16),
     "8bit": Codec(_encode_8bit, _decode_8bit, _layout_8bit),
-    "4bit": Codec(_encode_4bit, _decode_4bit, _layout_4bit),
+    "4bit": _four_bits("nf4"),
 }
+# In which models come that others quantized; nothing is packed so.
+FOUND = {"fp4": _four_bits("fp4")}

@@ -104,6 +104,11 @@ class Streamer:
         self._reading: _Reading | None = None
         self._lock = threading.Lock()
 
+    @property
+    def nbytes(self) -> int:
+        """What its buffers hold."""
+        return sum(buffer.nbytes for buffer in self._buffers)
+
     def parts(self, key: str) -> Parts:
         """The encoded parts of a matrix; they may be gone once another block was asked for.
 

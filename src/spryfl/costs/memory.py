@@ -28,14 +28,11 @@ class Storages(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         known = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        out = self._run(func, args, kwargs or {})
+        out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in known:
                 self._add(leaf.untyped_storage())
         return out
-
-    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        return func(*args, **kwargs)
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata

@@ -14,9 +14,9 @@ continued to all blocks: every phase of a step grows by the same bytes with each
 0.5 s a step; nothing is read but the configuration.
 """
 
-from spryfl.footprint.outline import Outline, outline, outlined
-from spryfl.footprint.predict import Footprint, footprint
-from spryfl.footprint.process import process
+from spryfl.footprint.outline import Outline, outline, outlined, shapes
+from spryfl.footprint.predict import Footprint, footprint, held, peak
+from spryfl.footprint.process import measure_here, process
 from spryfl.footprint.step import Marked, prefix_bytes, step, values
 
 __all__ = [
@@ -24,10 +24,14 @@ __all__ = [
     "Marked",
     "Outline",
     "footprint",
+    "held",
+    "measure_here",
     "outline",
     "outlined",
+    "peak",
     "prefix_bytes",
     "process",
+    "shapes",
     "step",
     "values",
 ]

@@ -15,15 +15,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from spryfl import adapters, models, tasks
+from spryfl import adapters, models, opened, tasks
 from spryfl.adapters import Adapter
+from spryfl.backbone.codec import codec_of, nbytes
+from spryfl.backbone.packed import Packed
+from spryfl.backbone.store import is_packed, open_store
 from spryfl.costs import Shapes
 from spryfl.costs.shapes import place
+from spryfl.layout import layout_of
 from spryfl.tasks import Task
 from spryfl.types import Batch, Unit
 
 _HERE = re.compile(r"\.(\d+)(?=\.|$)")  # the number of the block that a name lies in, as costs.shapes.place reads it
-CODED = (nn.Linear,)  # what a precision is put on
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,8 @@ class Outline:
     task: Task
     precision: str  # a key of backbone.CODECS, or empty: as the model is loaded
     units: tuple[Unit, ...]
-    backbone: int  # bytes of frozen values held in memory
-    block: int  # bytes of the largest block's coded matrices
-    streamed: int  # bytes of all blocks' coded matrices: what streaming lets go of
+    backbone: int  # bytes of frozen values held in memory, the blocks' encoded matrices among them
+    blocks: tuple[int, ...]  # bytes of each block's encoded matrices, which streaming lets go of; empty if not packed
     adapters: int  # bytes of the adapter and the head, in the module and as they start
     known: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # what was run and built so far
 
@@ -86,6 +88,14 @@ def outline(
     (6, 13)
     """
     task, adapter = task or tasks.classification(), adapter or adapters.lora()
+    where, _ = models.resolve(name)
+    if is_packed(where):
+        found = open_store(where).precision
+        if precision not in ("", found):
+            raise ValueError(
+                f'model "{name}" is packed in {found}; precision = "{precision}" needs the checkpoint itself.'
+            )
+        precision = found
     config = models.configured(name, tuple(labels), task, attention)
     return outlined(name, config, tuple(labels), adapter, task, precision)
 
@@ -94,10 +104,11 @@ def outlined(
     name: str, config: Any, labels: tuple[str, ...], adapter: Adapter, task: Task, precision: str = ""
 ) -> Outline:
     """The same from a configuration that is there."""
-    whole = built(config, range(config.num_hidden_layers), adapter, task)
-    frozen, own = _frozen(whole), sum(value.nbytes for value in whole.params.values())
-    bases = {id(value) for value in frozen.values()}
-    inside = sum(v.nbytes for v in _values(whole.module).values() if id(v) not in bases)
+    if precision:
+        codec_of(precision)
+    whole = built(config, range(config.num_hidden_layers), adapter, task, precision)
+    coded = _coded_bytes(whole.module)
+    frozen, every = _frozen(whole.module), _values(whole.module)
     return Outline(
         name=name,
         config=config,
@@ -106,26 +117,52 @@ def outlined(
         task=task,
         precision=precision,
         units=whole.units,
-        backbone=sum(value.nbytes for value in frozen.values()),
-        block=0,
-        streamed=0,
-        adapters=inside + own,
+        backbone=sum(value.nbytes for name, value in frozen.items() if name not in _mapped(whole.module, precision))
+        + sum(coded),
+        blocks=coded,
+        adapters=sum(value.nbytes for value in whole.params.values())
+        + sum(value.nbytes for name, value in every.items() if name not in frozen),
     )
 
 
-def built(config: Any, chosen: Sequence[int], adapter: Adapter, task: Task) -> Skeleton:
+def built(config: Any, chosen: Sequence[int], adapter: Adapter, task: Task, precision: str = "") -> Skeleton:
     """A model of the chosen blocks of a configuration, on the meta device."""
-    with torch.device("meta"):
-        base = models.empty(_shortened(config, chosen), task)
+    with torch.device("meta"), models.silent():
+        base = models.empty(_shortened(config, chosen), task, torch.float32 if precision else None)
+        if precision:
+            _encode(base, task, precision)
         made = adapters.wrap(base, adapter, task.head)
     return Skeleton(made.module, dict(made.params), made.units, tuple(_types(config)[i] for i in chosen))
+
+
+def _encode(base: Any, task: Task, precision: str) -> None:
+    """Puts a Packed in the place of each linear map, as a packed folder is opened."""
+    inside = {id(module) for module in opened.trunk_of(base).modules()}
+    tables = {id(module.weight) for module in base.modules() if isinstance(module, nn.Embedding)}
+    for parent in list(base.modules()):
+        for name, child in parent.named_children():
+            if opened.is_map(child) and (id(child) in inside or not task.head):
+                weight = child.weight if isinstance(child, nn.Linear) else child.weight.t()
+                kept = precision if id(child.weight) not in tables else "float32"
+                setattr(parent, name, Packed(weight.shape[1], weight.shape[0], child.bias, kept, dict))
+
+
+def _coded_bytes(module: Any) -> tuple[int, ...]:
+    """Bytes of the encoded matrices of each block."""
+    maps = [[one.matrix for one in block.modules() if isinstance(one, Packed)] for block in layout_of(module).blocks]
+    return tuple(sum(nbytes(m.precision, m.shape) for m in own) for own in maps) if any(maps) else ()
+
+
+def _mapped(module: Any, precision: str) -> set[str]:
+    """Names of tables that the system maps from a packed folder's file: they take no memory of their own."""
+    return {f"{path}.weight" for path, inner in module.named_modules() if precision and isinstance(inner, nn.Embedding)}
 
 
 def skeleton(of: Outline, chosen: Sequence[int]) -> Skeleton:
     """A short form of a model; the same one for blocks of the same types."""
     key = "skeleton", tuple(_types(of.config)[i] for i in chosen)
     if key not in of.known:
-        of.known[key] = built(of.config, chosen, of.adapter, of.task)
+        of.known[key] = built(of.config, chosen, of.adapter, of.task, of.precision)
     return of.known[key]
 
 
@@ -196,12 +233,12 @@ def _values(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def _frozen(whole: Skeleton) -> dict[str, Tensor]:
+def _frozen(module: Any) -> dict[str, Tensor]:
     """What belongs to the model itself: neither the adapter's nor a head's copy that is trained."""
-    prefix = whole.module.base_model.prefix
+    prefix = module.base_model.prefix
     return {
         name: value
-        for name, value in _values(whole.module).items()
+        for name, value in _values(module).items()
         if f".{prefix}" not in name and ".modules_to_save." not in name
     }
 

@@ -10,20 +10,24 @@ Cost: some 50 microseconds an operation, whatever the sizes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_leaves
 
 from spryfl import noise
+from spryfl.backbone.codec import codec_of
+from spryfl.backbone.packed import Matrix, Packed
 from spryfl.costs.memory import Storages
 from spryfl.jvp import attention
 
+SOME = 1  # of pieces that are alike, those that are run
 REAL = 1 << 20  # bytes of whole numbers up to which they are computed really
 
 _NUMBERS = torch.ops.aten._local_scalar_dense.default
@@ -44,13 +48,20 @@ class Phantoms(Storages):
         """The phase `name` begins."""
         self.peaks.append((name, self.now))
 
-    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if not leaves:
-            return self._made(func, args, kwargs)
-        if func is _NUMBERS and isinstance(leaves[0], FakeTensor):
-            return True if leaves[0].dtype is torch.bool else 1.0 if leaves[0].is_floating_point() else 1
-        return func(*args, **kwargs)
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [*_tensors(args), *_tensors((kwargs or {}).values())]
+        if not given:
+            out = self._made(func, args, kwargs or {})
+        elif func is _NUMBERS and isinstance(given[0], FakeTensor):
+            return True if given[0].dtype is torch.bool else 1.0 if given[0].is_floating_point() else 1
+        else:
+            out = func(*args, **(kwargs or {}))
+        known = {tensor.untyped_storage()._cdata for tensor in given}
+        for tensor in _tensors(out if isinstance(out, tuple | list) else (out,)):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in known:
+                self._add(storage)
+        return out
 
     def _made(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A tensor from sizes alone."""
@@ -71,16 +82,25 @@ class Phantoms(Storages):
             return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
 
 
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among an operation's arguments or results: by themselves or in a list, which is all that there is."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from (one for one in value if isinstance(one, Tensor))
+
+
 @contextmanager
 def phantoms() -> Iterator[Phantoms]:
     """Runs what is inside on phantoms: `with phantoms() as made: ...; made.peaks`.
 
     What the package keeps between calls (the counters of the noise) is thrown away before and after: a phantom must
     not be met outside, and a fresh process has none. Of attention's pieces, each as large as the next and gone before
-    it, some are run.
+    it, one is run.
     """
     noise.forget()
-    token = attention.SOME.set(3)
+    token = attention.SOME.set(SOME)
     try:
         with Phantoms() as made:
             yield made
@@ -100,6 +120,9 @@ def fill(module: nn.Module, made: Phantoms) -> None:
 
     kept = list(module.parameters()), list(module.buffers())  # alive, so that no id comes twice
     for inner in module.modules():
+        if isinstance(inner, Packed):
+            inner.matrix = Some(inner.matrix.precision, inner.matrix.shape, partial(dict, _parts(inner.matrix, made)))
+            inner.device = torch.device("cpu")
         for name, value in inner._parameters.items():
             if value is not None:
                 filled = one(value)
@@ -108,3 +131,16 @@ def fill(module: nn.Module, made: Phantoms) -> None:
             if buffer is not None:
                 inner._buffers[name] = one(buffer)
     del kept
+
+
+class Some(Matrix):
+    """An encoded matrix of whose chunks, each as large as the next and gone before it, one is decoded."""
+
+    def chunks(self) -> Iterator[slice]:
+        """The first chunk."""
+        return islice(super().chunks(), SOME)
+
+
+def _parts(matrix: Matrix, made: Phantoms) -> dict[str, Tensor]:
+    layout = codec_of(matrix.precision).layout(matrix.shape)
+    return {name: made.like(torch.empty(shape, dtype=dtype, device="meta")) for name, (dtype, shape) in layout.items()}

@@ -2,16 +2,16 @@
 
     peak(phase) = peak in the short form + sum over kinds (blocks left out) (what one more block of the kind adds)
 
-The short form has one block of each kind, or two (`outline.kinds`), in their order. Phases are continued one by one and
-the largest is taken at the end: where directions are drawn nothing grows with the blocks, where a graph is kept it does,
-and the one may be above the other in a short model and below it in a long one.
+The short form has one block of each kind, or two (`outline.kinds`), in their order. Phases are continued one by one
+and the largest is taken at the end: where directions are drawn nothing grows with the blocks, where a graph is kept it
+does, and the one may be above the other in a short model and below it in a long one.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from spryfl import tree
 from spryfl.choices import Method, build
@@ -20,6 +20,7 @@ from spryfl.footprint.outline import Kind, Outline, Skeleton, kinds, original, s
 from spryfl.footprint.phantom import fill, phantoms
 from spryfl.footprint.process import process
 from spryfl.footprint.step import prefix_bytes, step, values
+from spryfl.layout import forget
 from spryfl.loss import ModelLoss, Prefix
 from spryfl.types import Unit
 
@@ -56,9 +57,8 @@ class _Asked(NamedTuple):
     method: Method
     mine: frozenset[str]  # names of the units that are moved
     exact: frozenset[str] | None  # of those whose gradient is by reverse mode; None where there is none
-    rows: int
+    rows: int  # at once
     tokens: int
-    micro_batch: int
     dropout: bool
     keep: int  # bytes
 
@@ -108,30 +108,79 @@ def footprint(
     >>> one.activations < one.total
     True
     """
+    asked, units = _asked(of, method, mine, rows, tokens, micro_batch, dropout, keep_prefix)
+    whole = _whole(asked, units, bool(0 < micro_batch < rows))
+    room = whole.most - whole.state - whole.prefix
+    activations = room  # with reverse mode alone nothing is drawn
+    if asked.exact != asked.mine:
+        alone = _continued(asked, "values", units)
+        activations = min(alone.most - alone.prefix, room)
+    return held(of, stream)._replace(
+        activations=activations, tangents=room - activations, gradients=whole.state, prefix=whole.prefix
+    )
+
+
+def peak(
+    of: Outline,
+    method: Method,
+    mine: Sequence[Unit] | None = None,
+    *,
+    rows: int,
+    tokens: int,
+    micro_batch: int = 0,
+    stream: bool = False,
+) -> int:
+    """The total of `footprint`, in less time: its parts are not told apart."""
+    asked, units = _asked(of, method, mine, rows, tokens, micro_batch)
+    return held(of, stream).total + _whole(asked, units, bool(0 < micro_batch < rows)).most
+
+
+def held(of: Outline, stream: bool = False) -> Footprint:
+    """What is held before a step begins: the process, the model, buffers for streamed blocks.
+
+    Raises:
+        ValueError: a model that is not packed cannot be streamed.
+    """
+    if stream and not of.blocks:
+        raise ValueError(
+            f'model "{of.name}" is not packed, so it cannot be streamed. Give a precision, or a packed folder.'
+        )
+    return Footprint(
+        process=process(),
+        backbone=of.backbone - (sum(of.blocks) if stream else 0),
+        adapters=of.adapters,
+        activations=0,
+        tangents=0,
+        gradients=0,
+        prefix=0,
+        buffers=min(2, len(of.blocks)) * max(of.blocks) if stream else 0,
+    )
+
+
+def _asked(
+    of: Outline,
+    method: Method,
+    mine: Sequence[Unit] | None,
+    rows: int,
+    tokens: int,
+    micro_batch: int,
+    dropout: bool = False,
+    keep_prefix: float = 0.0,
+) -> tuple[_Asked, Sequence[Unit]]:
     for name, value in (("rows", rows), ("tokens", tokens)):
         if value < 1:
             raise ValueError(f"{name} = {value}; a step needs at least 1.")
     own = frozenset(unit.name for unit in (of.units if mine is None else mine))
     units = [unit for unit in of.units if unit.name in own]
-    reverse = _reverse(of, method, units)
-    asked = _Asked(of, method, own, reverse, rows, tokens, micro_batch, dropout, int(keep_prefix * 1e6))
+    rows = micro_batch if 0 < micro_batch < rows else rows
+    return _Asked(of, method, own, _reverse(of, method, units), rows, tokens, dropout, int(keep_prefix * 1e6)), units
+
+
+def _whole(asked: _Asked, units: Sequence[Unit], pieces: bool) -> _Held:
+    """A step; where the batch comes in pieces their dense gradients are summed in memory of their own."""
     whole = _continued(asked, "step", units)
-    room = whole.most - whole.state - whole.prefix
-    if reverse != own:
-        alone = _continued(asked, "values", units)
-        activations = min(alone.most - alone.prefix, room)
-    else:  # nothing is drawn
-        activations = room
-    return Footprint(
-        process=process(),
-        backbone=of.backbone - (of.streamed if stream else 0),
-        adapters=of.adapters,
-        activations=activations,
-        tangents=room - activations,
-        gradients=whole.state,
-        prefix=whole.prefix,
-        buffers=2 * of.block if stream else 0,
-    )
+    summed = 4 * sum(unit.size for unit in units if unit.name in (asked.exact or ())) if pieces else 0
+    return whole._replace(state=whole.state + summed, peaks=(whole.most + summed,))
 
 
 def _reverse(of: Outline, method: Method, units: Sequence[Unit]) -> frozenset[str] | None:
@@ -153,12 +202,13 @@ def _continued(asked: _Asked, what: str, units: Sequence[Unit]) -> _Held:
     for i, kind in enumerate(kinds(asked.of, units, top)):
         places.setdefault(kind, []).append(i)
     kept = _kept(places, asked.exact is not None)
-    base = {i for kind, own in places.items() for i in own[: kept[kind]]}
+    base = tuple(sorted(i for kind, own in places.items() for i in own[: kept[kind]]))
     start = _short(asked, what, base)
     left: dict[Kind, float] = {kind: len(own) - kept[kind] for kind, own in places.items() if len(own) > kept[kind]}
-    if asked.exact is None:
-        left = _by_values(left, units, what)
-    longer = [(more, _short(asked, what, base | set(places[kind][: kept[kind] + 1]))) for kind, more in left.items()]
+    graph = {kind: more for kind, more in left.items() if _in_graph(asked, kind)}
+    rest = {kind: more for kind, more in left.items() if kind not in graph}
+    grow = {**graph, **(_by_values(rest, units) if what == "step" else {})}
+    longer = [(more, _short(asked, what, _grown(base, places[kind], kept[kind]))) for kind, more in grow.items()]
 
     def on(pick: Callable[[_Held], int]) -> int:
         return round(pick(start) + sum(more * (pick(held) - pick(start)) for more, held in longer))
@@ -167,15 +217,22 @@ def _continued(asked: _Asked, what: str, units: Sequence[Unit]) -> _Held:
     return _Held(peaks, on(lambda held: held.prefix), on(lambda held: held.state))
 
 
-def _by_values(left: dict[Kind, float], units: Sequence[Unit], what: str) -> dict[Kind, float]:
-    """Without reverse mode a pass lets go of every block: a step grows with the moved values alone, a value pass not.
+def _in_graph(asked: _Asked, kind: Kind) -> bool:
+    """Whether reverse mode keeps something of such blocks: all that is behind the first moved value, or the cut."""
+    if asked.exact is None:
+        return False
+    return kind.moved or kind.above if asked.exact == asked.mine else kind.above
 
-    So one kind of block stands for all, as often as the others' values are in its own.
+
+def _by_values(left: dict[Kind, float], units: Sequence[Unit]) -> dict[Kind, float]:
+    """Where no graph is kept a pass lets go of every block, and a step grows with the moved values alone.
+
+    So one kind of block stands for all such, as often as the others' values are in its own.
     """
     sizes = {suffix(unit): unit.size for unit in units if not unit.head}
     values = {kind: sum(sizes[name] for name in kind.units) for kind in left}
     largest = max(values, key=lambda kind: values[kind], default=None)
-    if what == "values" or largest is None or not values[largest]:
+    if largest is None or not values[largest]:
         return {}
     return {largest: sum(left[kind] * values[kind] for kind in left) / values[largest]}
 
@@ -196,9 +253,14 @@ def _kept(places: Mapping[Kind, Sequence[int]], reverse: bool) -> dict[Kind, int
     return {kind: 2 if kind in alone else 1 for kind in places}
 
 
-def _short(asked: _Asked, what: str, blocks: set[int]) -> _Held:
+def _grown(base: tuple[int, ...], own: Sequence[int], kept: int) -> tuple[int, ...]:
+    """A short form with one more block of a kind beside its others, so that the rest stands as it stood."""
+    after = base.index(own[kept - 1]) + 1
+    return *base[:after], own[kept], *base[after:]
+
+
+def _short(asked: _Asked, what: str, chosen: tuple[int, ...]) -> _Held:
     """What a run holds in a short form of the model; done once for all short forms that are alike."""
-    chosen = tuple(sorted(blocks))
     form = skeleton(asked.of, chosen)
     top = _top(asked.method)
     if top > 0:
@@ -224,6 +286,7 @@ def _run(asked: _Asked, what: str, form: Skeleton) -> _Held:
     made = build(asked.method)
     batch = sample(asked.of.task, asked.of.config, asked.rows, asked.tokens)
     with phantoms() as count:
+        forget(form.module)  # what a first step looks up once
         fill(form.module, count)
         params = {name: count.like(value) for name, value in form.params.items()}
         moved = asked.mine if what == "step" or asked.exact is None else asked.exact

@@ -11,7 +11,7 @@ a step, or its value pass.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -67,16 +67,10 @@ def values(estimator: Estimator | None, loss_fn: LossFn, params: Params, batch: 
     mark("start")
     if estimator is None:
         with torch.no_grad():
-            for piece in _pieces(loss_fn, batch):
-                Marked(loss_fn, mark)(params, piece)
+            for piece in loss_fn.pieces(batch):
+                Marked(loss_fn, mark)(params, piece.batch)
     else:
         estimator(Marked(loss_fn, mark), params, batch, 1)
-
-
-def _pieces(loss_fn: LossFn, batch: Batch) -> Sequence[Batch]:
-    """The micro-batches, where there are any."""
-    parts: Any = getattr(loss_fn, "pieces", None)
-    return [piece for _, piece, *_ in parts(batch, None)] if parts else [batch]
 
 
 @dataclasses.dataclass(frozen=True)

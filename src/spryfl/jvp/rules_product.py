@@ -51,6 +51,8 @@ def einsum(op: Op, equation: str, *operands: Any) -> tuple[Tensor, Push]:
 
 @rule("linear")
 def linear(op: Op, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Push]:
+    if foreign(weight):
+        return _foreign_linear(op, input, weight, bias)
     x, w, y = input, weight, op.func(input, weight, bias)
 
     def push(input: Tensor | None, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
@@ -61,6 +63,34 @@ def linear(op: Op, input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
             return bias.expand(y.shape).clone()
         return out if bias is None else add_into(out, bias)
 
+    return y, push
+
+
+def foreign(weight: Tensor) -> bool:
+    """Whether a tensor answers torch's functions itself, as a library's quantized ones do."""
+    own: Any = type(weight).__torch_function__
+    return type(weight) is not Tensor and own is not torch._C._disabled_torch_function_impl
+
+
+def _foreign_linear(op: Op, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Push]:
+    """The library's product for the value and for each tangent: what is stored stays quantized."""
+    if getattr(weight, "act_quant_kwargs", None) is not None:
+        raise ValueError(
+            f"spryfl.jvp: this {type(weight).__name__} rounds its inputs too, and what rounds has no derivative.\n"
+            "    Quantize the weights alone, or pack the model: spryfl pack."
+        )
+
+    def times(x: Tensor, bias: Tensor | None) -> Tensor:
+        with torch._C._EnableTorchFunction():  # the engine has switched it off, for its own tensors' sake
+            return op.func(x, weight, bias)
+
+    def push(input: Tensor | None, weight: None = None, bias: Tensor | None = None) -> Tensor:
+        if input is not None:
+            return times(input, bias)
+        assert bias is not None
+        return bias.expand(y.shape).clone()
+
+    y = times(x, bias)
     return y, push
 
 
