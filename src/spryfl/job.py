@@ -264,7 +264,7 @@ def exchange(job: Job, state: ServerState) -> train.Exchange:
 def rehearse(job: Job) -> None:
     """One row through the estimator, for the clients with the fewest and the most values, before there is a folder.
 
-    A ValueError says what cannot be together. Of classes each one's first; with micro-batches a row more than one holds.
+    A ValueError says what cannot be together. Of classes the first of each; with micro-batches a row more than that.
     """
     plan, (state, _) = job.plan, train.start(job.plan, job.model.params)
     first = {plan.method.member(client_): client_ for client_ in reversed(plan.method.present(plan.clients))}
