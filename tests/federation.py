@@ -97,7 +97,7 @@ class Federation:
         words = ("flwr", "run", "app", "here", "--stream", "--run-config", "run.toml", *more)
         return self.start("run", *words)
 
-    def ended(self, submitted: subprocess.Popen, seconds: float = 300) -> str:
+    def ended(self, submitted: subprocess.Popen, seconds: float = 1500) -> str:
         """The state of the newest run once `flwr run` is done, "finished:completed" if it went well."""
         submitted.wait(seconds)
         words = ["flwr", "list", "here", "--format", "json", "--limit", "1"]
@@ -142,7 +142,7 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def wait_for_records(folder: Path, count: int, run: subprocess.Popen, seconds: float = 200) -> None:
+def wait_for_records(folder: Path, count: int, run: subprocess.Popen, seconds: float = 400) -> None:
     """Until a run folder has so many records."""
     file = folder / "records.jsonl"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import uuid
 from typing import Any
 
@@ -11,6 +10,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.grid import InMemoryGrid
 
 from spryfl.engines.flower import client_app
 
@@ -28,16 +28,16 @@ def travelled(message: Message) -> Message:
 class HereGrid(Grid):
     """Nodes by number with their configurations; `app` answers for all of them.
 
-    `delay(message)` says after how many seconds an answer can be had, None for never. `forgetful` nodes keep nothing.
+    `delay(message)` says after how many further messages an answer can be had. `forgetful` nodes keep nothing.
     """
 
-    def __init__(self, nodes, run_config, app=client_app, delay=lambda message: 0.0, forgetful=False):
+    def __init__(self, nodes, run_config, app=client_app, delay=lambda message: 0, forgetful=False):
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN, 1, 1
         self.contexts = {
             i: Context(RUN, i, dict(config), RecordDict(), dict(run_config)) for i, config in nodes.items()
         }
         self.app, self.delay, self.forgetful = app, delay, forgetful
-        self.replies: dict[str, tuple[float, Message]] = {}
+        self.replies: dict[str, tuple[int, Message]] = {}
         self.sent: list[Message] = []
 
     def get_node_ids(self):
@@ -53,14 +53,12 @@ class HereGrid(Grid):
         context = self.contexts[message.metadata.dst_node_id]
         if self.forgetful:
             context.state = RecordDict()
-        wait = self.delay(message)
-        if wait is not None:
-            self.replies[name] = (time.monotonic() + wait, travelled(self.app(travelled(message), context)))
+        due = len(self.sent) + self.delay(message)
+        self.replies[name] = (due, travelled(self.app(travelled(message), context)))
         return name
 
     def pull_messages(self, message_ids):
-        now = time.monotonic()
-        due = [name for name in message_ids if name in self.replies and self.replies[name][0] <= now]
+        due = [name for name in message_ids if name in self.replies and self.replies[name][0] <= len(self.sent)]
         return [self.replies.pop(name)[1] for name in due]
 
     def send_and_receive(self, messages: Any, *, timeout: float | None = None):
@@ -75,3 +73,7 @@ class HereGrid(Grid):
     @property
     def run(self):
         raise NotImplementedError
+
+
+class InMemoryHere(HereGrid, InMemoryGrid):
+    """The same, taken for the Grid of a simulation."""

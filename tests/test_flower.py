@@ -26,7 +26,7 @@ from flower_cases import (
 )
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
-from grids import RUN, HereGrid
+from grids import RUN, HereGrid, InMemoryHere
 
 from spryfl import api, train, wire
 from spryfl.config import parse
@@ -91,6 +91,48 @@ class TestEquality:
         bodies = [opened(message.content)[0] for message in grid.sent]
         assert whole[-1]["bytes_down"] == sum(map(len, bodies)) < counted
         assert all(0 < record["engine"]["step"] <= record["seconds"] for record in whole[1:])
+
+
+class TestSimulated:
+    @pytest.mark.parametrize("name", ["decomfl", "fedkseed", "fedavg"])
+    def test_one_copy_of_the_values_serves_all_clients(self, name, given, tmp_path, monkeypatch):
+        """What a simulation holds does not grow with its clients: no node keeps anything, one file is for all."""
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+        held = []
+
+        class Watching(InMemoryHere):
+            def pull_messages(self, message_ids):
+                held.append(sorted(tmp_path.glob("*.held")))
+                return super().pull_messages(message_ids)
+
+        changes = {"seeds": {"size": 8}} if name == "fedkseed" else {}
+        one = given(method={"name": name, **changes}, partition={"clients": 20}, train={"cohort": 10, "rounds": 4})
+        config = {"experiment": json.dumps(one), "folder": str(tmp_path / "flower")}
+        grid = Watching({i: {"partition-id": i, "num-partitions": 20} for i in range(20)}, config)
+        flower_server.serve(grid, Context(RUN, 1, {}, RecordDict(), config))
+        assert max(map(len, held)) == (name != "fedavg")
+        assert list(tmp_path.glob("*.held")) == []
+        assert all(not context.state for context in grid.contexts.values())
+        assert not any(message.metadata.message_type.startswith("query") for message in grid.sent)
+        assert_same(tmp_path / "flower", in_process(one, tmp_path / "here"))
+
+    def test_a_process_that_was_not_there_reads_the_file(self, given, tmp_path, monkeypatch):
+        """Ray's processes take clients as they come: one that did not see the last round goes on from the file."""
+        from spryfl.engines import flower_client
+
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+        one = given(method="decomfl", train={"rounds": 4})
+        config = {"experiment": json.dumps(one), "folder": str(tmp_path / "flower")}
+
+        class Forgetful(InMemoryHere):
+            def _pushed(self, message):
+                flower_client._held.clear()
+                return super()._pushed(message)
+
+        grid = Forgetful({i: {} for i in range(5)}, config)
+        flower_server.serve(grid, Context(RUN, 1, {}, RecordDict(), config))
+        assert len(grid.sent) == 4 * 3
+        assert_same(tmp_path / "flower", in_process(one, tmp_path / "here"))
 
 
 class TestResume:
@@ -206,17 +248,17 @@ class TestLies:
 
 class TestDeadline:
     def test_what_comes_after_it_is_dropped_and_counted(self, given, tmp_path, caplog):
-        one = given(flower={"deadline": 1.5})
+        one = given(flower={"deadline": 0.5})
         late = train.cohort(api.prepared(parse(one)).plan, 1)[0]
 
         def delay(message):
             body, _ = opened(message.content)
             told = wire.decode(body) if body else None
-            return 1.6 if told is not None and (told.round, told.client) == (1, late) else 0.0
+            return 3 if told is not None and (told.round, told.client) == (1, late) else 0
 
         with caplog.at_level(logging.WARNING, "flwr"):
             over_flower(one, tmp_path / "flower", delay=delay)
-        assert records(tmp_path / "flower")[1]["failed"] == {str(late): "did not answer within 1.5 s"}
+        assert records(tmp_path / "flower")[1]["failed"] == {str(late): "did not answer within 0.5 s"}
         assert sum(engine["late"] for engine in facts(tmp_path / "flower")) == 1
         assert f"client {late} answered after the deadline" in caplog.text
         here = in_process(one, tmp_path / "here", lambda r, c: (r, c) == (1, late))
@@ -233,12 +275,37 @@ class TestDeadline:
         assert set(last) == {6}
         assert_same(tmp_path / "flower", in_process(one, tmp_path / "here"))
 
+    def test_a_node_that_comes_back_under_another_id_takes_its_place(self, given, tmp_path):
+        one = given(flower={"deadline": 0.5}, partition={"clients": 2}, train={"cohort": 2})
+        config = {"experiment": json.dumps(one), "folder": str(tmp_path / "flower")}
+        grid = HereGrid({5: {"partition-id": 0}, 6: {"partition-id": 1}}, config)
+
+        def delay(message):
+            if message.metadata.group_id == "1":  # from now on the old node is deaf, though it is still listed
+                grid.contexts[9] = Context(RUN, 9, {"partition-id": 1}, RecordDict(), dict(config))
+            return 10**9 if message.metadata.dst_node_id == 6 and message.metadata.group_id not in ("", "1") else 0
+
+        grid.delay = delay
+        flower_server.serve(grid, Context(RUN, 1, {}, RecordDict(), config))
+        seen = [(message.metadata.group_id, message.metadata.dst_node_id) for message in grid.sent]
+        assert set(seen) == {("", 5), ("", 6), ("1", 5), ("1", 6), ("", 9), ("2", 5), ("2", 9), ("3", 5), ("3", 9)}
+        assert_same(tmp_path / "flower", in_process(one, tmp_path / "here"))
+
+    def test_a_node_that_never_answers_its_greeting_holds_up_nobody(self, given, tmp_path):
+        one = given(flower={"nodes": 1, "deadline": 60.0})
+        config = {"experiment": json.dumps(one), "folder": str(tmp_path / "flower")}
+        grid = HereGrid({5: {}, 6: {}}, config)
+        grid.delay = lambda message: 10**9 if message.metadata.dst_node_id == 6 else 0
+        flower_server.serve(grid, Context(RUN, 1, {}, RecordDict(), config))
+        assert [message.metadata.dst_node_id for message in grid.sent].count(6) == 1
+        assert_same(tmp_path / "flower", in_process(one, tmp_path / "here"))
+
     def _leaves(self, grid, message):
         if message.metadata.group_id == "2" and len(grid.contexts) == 2:
             gone = grid.contexts.pop(5)
             grid.get_node_ids = lambda: [6]
             grid.contexts[5] = gone
-        return 0.0
+        return 0
 
 
 @pytest.fixture
@@ -328,7 +395,7 @@ class TestSites:
         one, nodes, _ = three
         del nodes[22]
         one["flower"] = {"wait": 0.5}
-        with pytest.raises(ValueError, match="2 of 3 nodes are connected"):
+        with pytest.raises(ValueError, match="2 of 3 nodes have answered"):
             over_flower(one, tmp_path / "flower", nodes)
 
     def test_another_model_is_turned_away(self, three, tiny, tmp_path):

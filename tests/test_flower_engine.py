@@ -8,6 +8,7 @@ import signal
 import time
 
 import pytest
+from conftest import sentences
 from federation import Federation, end, wait_for_records
 from flower_cases import BYTES, assert_same, facts, in_process, lines, records, settings
 from flower_liar import LIARS
@@ -29,7 +30,16 @@ def given(tiny, reviews):
 def small(given, name, **changes):
     """An experiment of two rounds, called `name`."""
     more = {"train": {"rounds": 2, **changes.pop("train", {})}}
-    return given(name=name, flower={"wait": 120.0, **changes.pop("flower", {})}, **more, **changes)
+    return given(name=name, flower={"wait": 600.0, **changes.pop("flower", {})}, **more, **changes)
+
+
+def many(folder):
+    """A folder of 2000 sentences and a test."""
+    folder.mkdir()
+    for name, count in (("train", 2000), ("test", 40)):
+        rows = [f"{text},{label}" for text, label, _ in sentences(count, 5)]
+        (folder / f"{name}.csv").write_text("\n".join(["text,label", *rows, ""]))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +48,14 @@ def ran(given, tmp_path_factory):
     folder = tmp_path_factory.mktemp("simulation")
     all_ = [small(given, name, method=name, train={"drop_clients": 0.2}) for name in ROWS]
     all_ += [small(given, lie, method="fedavg") for lie in LIARS]
+    crowd = {"name": str(many(folder / "many")), "train_rows": 0, "test_rows": 20}
+    thousand = {"data": crowd, "partition": {"clients": 1000}, "train": {"cohort": 50, "steps": 1}}
+    all_ += [small(given, "thousand", method="decomfl", **thousand)]
     with Federation(folder / "flower", "flower_liar:client_app") as here:
         here.link("--simulation")
-        run = here.submit(all_, folder / "runs", "--federation-config", "num-supernodes=5 client-resources-num-cpus=1")
+        run = here.submit(
+            all_, folder / "runs", "--federation-config", "num-supernodes=1000 client-resources-num-cpus=1"
+        )
         state = here.ended(run, 500)
     assert state == "finished:completed", here.log()
     return {one["name"]: one for one in all_}, folder, here
@@ -51,6 +66,11 @@ class TestSimulation:
     def test_ends_in_the_bits_of_the_run_in_process(self, name, ran, tmp_path):
         experiments, folder, _ = ran
         assert_same(folder / "runs" / name, in_process(experiments[name], tmp_path / "here"))
+
+    def test_a_thousand_clients_fifty_a_round(self, ran, tmp_path):
+        experiments, folder, _ = ran
+        assert [len(record["cohort"]) for record in records(folder / "runs" / "thousand")[1:]] == [50, 50]
+        assert_same(folder / "runs" / "thousand", in_process(experiments["thousand"], tmp_path / "here"))
 
     @pytest.mark.parametrize("name", LIARS)
     def test_lies_are_refused(self, name, ran, tmp_path):
@@ -68,23 +88,22 @@ class TestSimulation:
 
 class TestDeployment:
     def test_ends_in_the_bits_of_the_run_in_process(self, given, tmp_path):
-        two = [small(given, name, method=name, train={"cohort": 2}) for name in ("spry", "decomfl")]
+        """Scalars up, replay down: each node's memory of a round's values outlives its processes."""
+        one = small(given, "decomfl", method="decomfl", train={"cohort": 2}, partition={"clients": 2})
         with Federation(tmp_path / "flower") as here:
             here.link()
             _ = here.node(0), here.node(1)
-            state = here.ended(here.submit(two, tmp_path / "runs"))
+            state = here.ended(here.submit(one, tmp_path / "run"))
         assert state == "finished:completed", here.log()
-        for one in two:
-            folder = tmp_path / "runs" / one["name"]
-            assert_same(folder, in_process(one, tmp_path / one["name"]))
-            for engine in facts(folder):
-                assert engine["messages"] == 2
-                assert all(engine[part] > 0 for part in ("start", "import", "load", "step", "exchange"))
+        assert_same(tmp_path / "run", in_process(one, tmp_path / "here"))
+        for engine in facts(tmp_path / "run"):
+            assert engine["messages"] == 2
+            assert all(engine[part] > 0 for part in ("start", "import", "load", "step", "exchange"))
 
     def test_a_node_killed_in_a_round_and_back_again(self, given, tmp_path):
         """The round ends by its deadline, and a later round uses the node that came back."""
         one = small(given, "killed", method="fedavg", partition={"clients": 2},
-                    train={"cohort": 2, "rounds": 7, "eval_every": 7}, flower={"deadline": 25.0})  # fmt: skip
+                    train={"cohort": 2, "rounds": 6, "eval_every": 6}, flower={"deadline": 45.0})  # fmt: skip
         folder = tmp_path / "run"
         with Federation(tmp_path / "flower") as here:
             here.link()
@@ -94,11 +113,11 @@ class TestDeployment:
             end(second, signal.SIGKILL)
             since = time.monotonic()
             wait_for_records(folder, 3, run)
-            assert time.monotonic() - since < 40
+            assert time.monotonic() - since < 65
             here.node(1)
             assert here.ended(run) == "finished:completed", here.log()
         failed = [record["failed"] for record in records(folder)]
-        assert failed[2] == {"1": "did not answer within 25 s"}
+        assert failed[2] == {"1": "did not answer within 45 s"}
         assert failed[-1] == {}
         lost = {r for r, why in enumerate(failed) if why}
         here_too = in_process(one, tmp_path / "here", lambda r, c: c == 1 and r in lost)
@@ -109,15 +128,12 @@ class TestDeployment:
         folder = tmp_path / "run"
         with Federation(tmp_path / "flower") as here:
             link = here.link()
-            nodes = here.node(0), here.node(1)
+            _ = here.node(0), here.node(1)
             run = here.submit(one, folder)
             wait_for_records(folder, 3, run)
             end(link, signal.SIGKILL)
             end(run, signal.SIGKILL)
             assert json.loads((folder / "run.json").read_text())["state"] == "running"
-            for node in nodes:
-                end(node, signal.SIGKILL)
             here.link()
-            _ = here.node(0), here.node(1)
             assert here.ended(here.submit(one, folder, resume=True)) == "finished:completed", here.log()
         assert_same(folder, in_process(one, tmp_path / "here"), leave=BYTES)

@@ -57,15 +57,6 @@ class Job(NamedTuple):
     streamed: Model | None = None  # the same model opened block by block, where a class of clients wants it so
 
 
-class History(NamedTuple):
-    """What a run leaves in memory: its records, the final values, the model that carries them."""
-
-    records: list[dict[str, Any]]
-    params: Params
-    model: Model
-    folder: Path | None
-
-
 def read(experiment: Experiment) -> data.Corpus:
     """The experiment's data."""
     d = experiment.data
@@ -264,7 +255,7 @@ def exchange(job: Job, state: ServerState) -> train.Exchange:
 def rehearse(job: Job) -> None:
     """One row through the estimator, for the clients with the fewest and the most values, before there is a folder.
 
-    A ValueError says what cannot be together. Of classes the first of each; with micro-batches a row more than that.
+    A ValueError says what cannot be together. Of classes the first client of each; with micro-batches a row more.
     """
     plan, (state, _) = job.plan, train.start(job.plan, job.model.params)
     first = {plan.method.member(client_): client_ for client_ in reversed(plan.method.present(plan.clients))}
@@ -321,10 +312,10 @@ def run(
 
 @contextlib.contextmanager
 def cancelling(opened: Journal | None) -> Iterator[None]:
-    """Around what consumes `run`: an interruption, wherever it comes, leaves a run that is called cancelled."""
+    """Around what consumes `run`: an interruption or an error, wherever it comes, leaves a run called cancelled."""
     try:
         yield
-    except KeyboardInterrupt:
+    except BaseException:
         note(opened, state="cancelled")
         raise
 

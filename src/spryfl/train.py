@@ -14,12 +14,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
-from spryfl import costs, noise, recording, server
+from spryfl import costs, figures, noise, server
 from spryfl import journal as disk
 from spryfl.choices import Built, Method, build
+from spryfl.figures import Record
 from spryfl.journal import Journal, Progress
 from spryfl.privacy import Privacy, drawn_key, epsilon
-from spryfl.recording import Record
 from spryfl.types import Instruction, Params, Passes, ServerState, Unit, Update
 
 
@@ -208,16 +208,16 @@ def one_round(
         "cohort": [one.client for one in told],
         "failed": {str(client): why for client, why in last.failed.items()},
         **_repeated(tried[:-1]),
-        **recording.gate(plan.method, kept, refused),
+        **figures.gate(plan.method, kept, refused),
         **_spent(plan, round_),
         **({"note": refused.note} if refused.note else {}),
-        "loss": recording.mean([(u.loss, u.examples) for u in shown]),
+        "loss": figures.mean([(u.loss, u.examples) for u in shown]),
         **scores,
-        **recording.personal(shown),
-        **recording.scalars(shown),
+        **figures.personal(shown),
+        **figures.scalars(shown),
         "peak_bytes": max((u.peak_bytes for u in shown), default=0),
         **_engine(tried),
-        **({} if plan.promised else recording.classes(plan.method, told, kept)),
+        **({} if plan.promised else figures.classes(plan.method, told, kept)),
         **_totals(progress),
     }
     return record, state, progress

@@ -44,7 +44,7 @@ _NOTHING = Rows((), (), 0, 0)
 
 
 class DataError(ValueError):
-    """What is wrong with a site's data, said without a word of them."""
+    """What is wrong with a site's data or settings, said without a word of the data."""
 
 
 class Site(NamedTuple):
@@ -60,11 +60,11 @@ class Site(NamedTuple):
 
 
 def site(given: Mapping[str, Any]) -> Site:
-    """A node's configuration; a ValueError for a value that cannot be."""
+    """A node's configuration; a DataError for a value that cannot be."""
     kinds = {"partition-id": int, "num-partitions": int, "data": str, "model": str, "device": str, "threads": int}
     for key, kind in {**kinds, "counts": bool}.items():
         if key in given and type(given[key]) is not kind:
-            raise ValueError(f"node-config {key}={given[key]!r}: a value of type {kind.__name__} is needed.")
+            raise DataError(f"node-config {key}={given[key]!r}: a value of type {kind.__name__} is needed.")
     return Site(
         given.get("partition-id"),
         given.get("num-partitions"),

@@ -24,8 +24,9 @@ from spryfl.choices import REGISTRIES, parties
 from spryfl.config import Experiment
 from spryfl.engines import flower_client
 from spryfl.engines.flower_check import Expected
-from spryfl.engines.flower_grid import Nodes, carried, gathered
+from spryfl.engines.flower_grid import carried
 from spryfl.engines.flower_letters import Note
+from spryfl.engines.flower_nodes import Nodes, gathered
 from spryfl.job import Job
 from spryfl.journal import Journal, Progress
 from spryfl.types import Instruction, ServerState
@@ -46,33 +47,35 @@ def serve(grid: Grid, context: Context) -> None:
 
 def run(grid: Grid, run_id: int, which: int, experiment: Experiment, folder: Path, goes_on: bool) -> None:
     """One experiment, to the end; its folder then is that of a run in process."""
-    simulated = isinstance(grid, InMemoryGrid)
     if experiment.threads:
         torch.set_num_threads(experiment.threads)
     corpus = job.read(experiment)
     model = job.load_model(experiment, corpus.labels)
-    note: Note = {"which": which, "threads": torch.get_num_threads(), "labels": list(corpus.labels)}
-    if simulated:
-        note |= {"shared": flower_client.shared_file(run_id, which)}
-    f = experiment.flower
-    nodes = Nodes(grid, experiment.partition.clients, simulated, note, f.deadline, greeting=f.wait)
-    if not simulated:
-        nodes.note = {**note, "model": flower_client.frozen_hash(model)}
-    elif not experiment.threads:
-        log.warning(
-            "clients run side by side, each with %d threads, for the bits of a run in process; with threads = 1 "
-            "there are fewer of them",
-            note["threads"],
-        )
-    gathered(nodes, f.nodes, f.wait)
-    own = any(said.get("own") for said in nodes.said.values())
-    nodes.note = {key: note[key] for key in note if own or key != "labels"}
+    nodes = _nodes(grid, run_id, which, experiment, model)
+    gathered(nodes, experiment.flower.nodes, experiment.flower.wait)
+    own = nodes.own()
+    if own:
+        nodes.note |= {"labels": list(corpus.labels)}
     made = sites_job(experiment, corpus, model) if own else job.prepare(experiment, corpus, model)
     try:
         _rounds(made, nodes, own, *opened(made, folder, goes_on, own))
     finally:
-        if simulated:
-            Path(note["shared"]).unlink(missing_ok=True)
+        if nodes.simulated:
+            Path(nodes.note["shared"]).unlink(missing_ok=True)
+
+
+def _nodes(grid: Grid, run_id: int, which: int, experiment: Experiment, model: models.Model) -> Nodes:
+    """Who is to take part, and what they are told beside their instructions."""
+    note: Note = {"which": which, "threads": torch.get_num_threads()}
+    clients, deadline = experiment.partition.clients, experiment.flower.deadline
+    if not isinstance(grid, InMemoryGrid):
+        greeting = {**note, "labels": list(model.labels), "model": flower_client.frozen_hash(model)}
+        return Nodes(grid, clients, False, note, greeting, deadline)
+    if not experiment.threads:
+        side = "clients run side by side, each with %d threads, for the bits of the run in process; set threads = 1"
+        log.warning(side, note["threads"])
+    note |= {"shared": flower_client.shared_file(run_id, which)}
+    return Nodes(grid, clients, True, note, {}, deadline)
 
 
 def sites_job(experiment: Experiment, corpus: Any, model: models.Model) -> Job:

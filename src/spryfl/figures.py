@@ -1,7 +1,4 @@
-"""What the record of a round says of its answers: losses, scalars, held-out rows, the gate, classes of clients.
-
-Cost: a pass over the answers' numbers, not their values.
-"""
+"""What a round's record says of the answers that counted: means, scalars, gate, classes of clients. Costs nothing."""
 
 from __future__ import annotations
 
@@ -9,9 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from spryfl import server
 from spryfl.choices import Built
 from spryfl.classes import REST
-from spryfl.server import Refused
 from spryfl.types import Instruction, Scalars, Update
 
 Record = dict[str, Any]
@@ -28,7 +25,7 @@ def personal(updates: Sequence[Update]) -> Record:
     }
 
 
-def gate(method: Built, updates: Sequence[Update], refused: Refused) -> Record:
+def gate(method: Built, updates: Sequence[Update], refused: server.Refused) -> Record:
     """What the gate looked at, each client's variance (None where one batch has none), and whom it left out."""
     if not method.gate:
         return {}
@@ -72,6 +69,5 @@ def classes(method: Built, told: Sequence[Instruction], updates: Sequence[Update
 
 
 def mean(weighted: Sequence[tuple[float, int]]) -> float | None:
-    """The weighted mean; None of nothing."""
     total = sum(weight for _, weight in weighted)
     return sum(value * weight for value, weight in weighted) / total if total else None
