@@ -103,7 +103,7 @@ class TestDeployment:
     def test_a_node_killed_in_a_round_and_back_again(self, given, tmp_path):
         """The round ends by its deadline, and a later round uses the node that came back."""
         one = small(given, "killed", method="fedavg", partition={"clients": 2},
-                    train={"cohort": 2, "rounds": 6, "eval_every": 6}, flower={"deadline": 45.0})  # fmt: skip
+                    train={"cohort": 2, "rounds": 6, "eval_every": 6}, flower={"deadline": 28.0})  # fmt: skip
         folder = tmp_path / "run"
         with Federation(tmp_path / "flower") as here:
             here.link()
@@ -113,14 +113,14 @@ class TestDeployment:
             end(second, signal.SIGKILL)
             since = time.monotonic()
             wait_for_records(folder, 3, run)
-            assert time.monotonic() - since < 65
+            assert time.monotonic() - since < 45
             here.node(1)
             assert here.ended(run) == "finished:completed", here.log()
         failed = [record["failed"] for record in records(folder)]
-        assert failed[2] == {"1": "did not answer within 45 s"}
+        assert failed[2]["1"] == "did not answer within 28 s"  # before Flower misses the node, after 30 to 60 s
         assert failed[-1] == {}
-        lost = {r for r, why in enumerate(failed) if why}
-        here_too = in_process(one, tmp_path / "here", lambda r, c: c == 1 and r in lost)
+        lost = {(r, int(client)) for r, why in enumerate(failed) for client in why}
+        here_too = in_process(one, tmp_path / "here", lambda r, c: (r, c) in lost)
         assert_same(folder, here_too, leave=("failed", *BYTES))
 
     def test_a_superlink_killed_and_the_run_resumed(self, given, tmp_path):
