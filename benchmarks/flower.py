@@ -63,7 +63,7 @@ def prepare(where: Path) -> None:
         write(where / f"site{k}.csv", site)
 
 
-def experiments(where: Path, rounds: int) -> list[Experiment]:
+def experiments(where: Path, rounds: int, methods: list[str], steps_: list[int]) -> list[Experiment]:
     return [
         Experiment(
             name=f"{which}-{steps}".replace(", ", "-"),
@@ -74,7 +74,8 @@ def experiments(where: Path, rounds: int) -> list[Experiment]:
             train={"rounds": rounds, "cohort": CLIENTS, "steps": steps, "eval_every": rounds},
         )
         for which, method in METHODS.items()
-        for steps in STEPS
+        for steps in steps_
+        if method["name"] in methods
     ]
 
 
@@ -130,9 +131,11 @@ def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
     keys = ("down", "up", "flower_down", "flower_up")
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for which in METHODS:
+        if not (steps_ := [s for s in STEPS if f"{which}-{s}".replace(", ", "-") in results[ENGINES[0]]]):
+            continue
         lines.append(f"| **{which}** |" + " |" * (len(head) - 1))
         for engine in ENGINES:
-            for steps in STEPS:
+            for steps in steps_:
                 one = results[engine][f"{which}-{steps}".replace(", ", "-")]
                 parts = [f"{one[part]:.2f}" if part in one else "" for part in PARTS]
                 sizes = [f"{one[key] / 1e3:.1f}" if key in one else "" for key in keys]
@@ -161,10 +164,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--name", type=Path, default=Path(__file__).with_name("flower_cpu"))
     parser.add_argument("--page", type=Path, default=Path(__file__).parents[1] / "docs" / "flower.md")
+    parser.add_argument("--steps", type=int, nargs="+", choices=STEPS, default=list(STEPS))
+    parser.add_argument("--methods", nargs="+", default=[one["name"] for one in METHODS.values()])
     given = parser.parse_args()
     where, before = given.folder.resolve(), facts(given.rounds)
     prepare(where)
-    todo = experiments(where, given.rounds)
+    todo = experiments(where, given.rounds, given.methods, given.steps)
     made = typed.federation(APP, f"localhost:{processes.free_ports(2 + CLIENTS)}", Path("tls"))
     folder.init(where / APP, todo[0], made._replace(tls=where / "tls"))
     in_process(where, todo)

@@ -139,6 +139,17 @@ class TestTheSameBits:
             assert all(part.data_ptr() % ALIGN == 0 for part in one.matrix.parts().values())
 
 
+def test_a_weight_that_was_asked_for_stays_when_its_block_has_gone(folder):
+    model = loaded(folder("float32"), True)
+    maps = [m for m in model.module.modules() if isinstance(m, Packed)]
+    weight, eye = maps[0].weight, torch.eye(maps[0].in_features)
+    first = weight @ eye
+    for one in maps:
+        one(torch.zeros(1, one.in_features))
+    assert torch.equal(weight @ eye, first)
+    assert torch.equal(maps[0].weight @ eye, first)
+
+
 def asked(streamer: Streamer, store, blocks) -> list[bool]:
     """Asks for a matrix of each block in turn; whether each was read ahead."""
     found = []

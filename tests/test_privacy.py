@@ -228,10 +228,24 @@ def test_a_private_run_that_was_cut_off_ends_in_the_same_bits(tiny, reviews, tmp
     assert all(torch.equal(again.params[name], value) for name, value in whole.params.items())
 
 
+@pytest.mark.parametrize("method", ["spry", "decomfl"])
+def test_on_flower_it_is_the_same_promise_and_the_same_bits(method, tiny, reviews, tmp_path, monkeypatch):
+    from flower_cases import assert_same, in_process, lines, over_flower
+
+    from spryfl.engines import flower_grid
+
+    monkeypatch.setattr(flower_grid, "_POLL", {True: 0.001, False: 0.001})
+    one = given(tiny, reviews, method=method, flower={"wait": 5.0})
+    over_flower(one, tmp_path / "flower")
+    assert_same(tmp_path / "flower", in_process(one, tmp_path / "here"))
+    assert lines(tmp_path / "flower")[-1]["epsilon"] == privacy.epsilon(Privacy(0.05, 0.5, 1e-5), 3, 6, 3)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"method": {"name": "fedavg", "aggregate": "median"}}, "aggregate"),
+        ({"method": {"name": "spry", "aggregate": {"weigh": "variance"}}}, "weigh"),
         ({"method": {"name": "alone"}}, "sharing"),
         ({"method": {"name": "fedkseed"}}, "pool"),
         ({"method": {"name": "spry_per_iteration"}}, "scalars"),

@@ -200,6 +200,22 @@ def test_files_are_named_so_that_other_processes_find_them(small, reviews, monke
     assert folder.settled(Experiment()).data.name == "docstrings"
 
 
+def test_what_flower_sends_is_the_project_file_alone(small, tmp_path):
+    """No run folder, no note, no key that lies beside it."""
+    import io
+    import zipfile
+
+    from flwr.cli.build import build_fab_from_disk
+
+    made = typed.federation(tmp_path / "app", "localhost:8443", tmp_path / "app" / "tls")
+    folder.init(made.app, small, made)
+    certs.make(made.app / "tls", 1, ["localhost"])
+    (made.app / "runs").mkdir()
+    (made.app / "runs" / "records.jsonl").write_text("{}")
+    names = zipfile.ZipFile(io.BytesIO(build_fab_from_disk(made.app))).namelist()
+    assert [name for name in names if not name.startswith(".info")] == ["pyproject.toml"]
+
+
 def test_a_folder_is_never_overwritten(small, tmp_path):
     made = typed.federation(tmp_path, "127.0.0.1:8000", None)
     with pytest.raises(ValueError, match="is there already"):
@@ -371,6 +387,7 @@ def test_zeros_of_two_signs_are_two_things():
     assert bits.equal({"a": (zero, 1)}, {"a": (zero.clone(), 1)})
     assert not bits.equal(zero, -zero)
     assert not bits.equal(zero, zero.double())
+    assert not bits.equal(zero, zero.to(torch.int32))  # the same bytes
     assert not bits.equal({"a": zero}, {"b": zero})
 
 

@@ -18,6 +18,7 @@ GROUPS = (
     "training",
     "tables",
     "answers",
+    "planning",
     "profiling",
     "packing",
     "flower",

@@ -308,6 +308,7 @@ def _private(experiment: Experiment) -> None:
         return
     for wrong, what in (
         (method.aggregate["kind"] != "mean", f'method.aggregate = "{method.aggregate["kind"]}": use "mean"'),
+        (method.aggregate.get("weigh") == "variance", 'method.aggregate.weigh = "variance": answers weigh alike here'),
         (method.sharing != "federated", f'method.sharing = "{method.sharing}": use "federated"'),
         (method.gate > 0, f"method.gate = {method.gate}: it chooses by the answers; use 0"),
         (method.seeds["kind"] == "pool", 'method.seeds = "pool": use "own" or "shared"'),

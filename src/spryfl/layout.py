@@ -141,6 +141,11 @@ def layout_of(module: nn.Module) -> Layout:
     return _LAYOUTS.setdefault(module, Layout(module))
 
 
+def forget(module: nn.Module) -> None:
+    """Lets go of a model's layout; the next call for it makes it anew."""
+    _LAYOUTS.pop(module, None)
+
+
 def parted(args: Any, kwargs: Any) -> tuple[Tensor, Any, Any]:
     """The hidden state among a block's arguments, and the others."""
     if args:

@@ -1,6 +1,7 @@
 """Pictures of runs and of comparisons, from what `report` read.
 
     curves(runs, path)           metric and training loss along each run
+    parts(rows, path)            bytes of a client's step by part, a stacked bar a setting
     comparison(compared, path)   the same metric of many methods against rounds, passes, bytes, seconds; peak memory
 
 Cost: a second a picture.
@@ -8,7 +9,7 @@ Cost: a second a picture.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -153,3 +154,29 @@ def _look(index: int) -> dict[str, Any]:
         "marker": _MARKERS[index % 12],
         "linestyle": ("-", "--", ":")[index // 12 % 3],
     }
+
+
+def parts(rows: Sequence[tuple[str, Mapping[str, int]]], path: Path, budget: int = 0) -> None:
+    """A stacked bar a setting: (its words, bytes by part); `budget` is a line."""
+    figure = Figure(figsize=(11, 1.8 + 0.42 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    most = max(sum(sizes.values()) for _, sizes in rows)
+    unit, sign = (1e9, "GB") if most >= 1e9 else (1e6, "MB")
+    for number, part in enumerate(rows[0][1]):
+        left = [sum(list(sizes.values())[:number]) / unit for _, sizes in rows]
+        width = [sizes[part] / unit for _, sizes in rows]
+        axes.barh(range(len(rows)), width, left=left, height=0.66, color=_COLOURS[number % 12], label=part)
+    for row, (_, sizes) in enumerate(rows):
+        total = sum(sizes.values()) / unit
+        _beside(axes, f"{total:.3g}", total, row)
+    if budget:
+        axes.axvline(budget / unit, color="#222222", linestyle="--", linewidth=1.2)
+        axes.annotate("budget", (budget / unit, -0.7), (4, 0), textcoords="offset points", fontsize=9, va="center")
+    axes.set_yticks(range(len(rows)), [words for words, _ in rows])
+    axes.set_ylim(len(rows) - 0.4, -1.0 if budget else -0.6)
+    axes.set_xlabel(f"predicted peak of one client's step, {sign}")
+    axes.margins(x=0.08)
+    _plain(axes)
+    axes.grid(visible=False, axis="y")
+    figure.legend(loc="outside upper center", ncols=8, frameon=False)
+    figure.savefig(path, dpi=120)

@@ -187,7 +187,7 @@ def ways(method: Method, of: Outline) -> list[Method]:
     seeded = method.estimator if "directions" in method.estimator else {"kind": "forward", "directions": 1}
     count = seeded["directions"]
     head = "shared" if method.head == "exact" else method.head
-    ends = [{"kind": "backprop"}, {"kind": "backprop", "checkpoint": True}]
+    ends: list[dict[str, Any]] = [{"kind": "backprop"}, {"kind": "backprop", "checkpoint": True}]
     differences = {"kind": "central_difference", "directions": count}
     return [
         *(replace(method, estimator=end, head=head) for end in ends),
@@ -206,9 +206,9 @@ def variants(method: Method, of: Outline) -> list[Method]:
         out += [replace(method, estimator={**own, "chunk": 1})]
     if "exact_head" in known and method.head != "exact":
         out += [replace(method, head="exact")]
-    if "exact_top" in known and not own.get("exact_top"):
-        tops = sorted({-(-of.layers * share // 4) for share in (1, 2, 3)} - {0, of.layers})
-        out += [replace(method, estimator={**own, "exact_top": top, "checkpoint": True}) for top in tops]
+    if "exact_top" in known and not own.get("exact_top") and of.layers > 1:
+        top = 3 * of.layers // 4 or 1  # `placed` makes it as low as a budget asks
+        out += [replace(method, estimator={**own, "exact_top": top, "checkpoint": True})]
     return out
 
 
@@ -278,8 +278,9 @@ def heaviest(method: Method, of: Outline, cohort: int) -> tuple[Unit, ...]:
 
 def too_small(client: Client, tried: Sequence[Setting]) -> str:
     """What to say where nothing fits: the smallest need, where it goes, and what would lower it."""
-    cheap = sorted(tried, key=lambda one: (client.need(one), "directions" not in one.method.estimator))
-    best = min(map(client.planned, cheap[:1] + tried[-1:]), key=lambda one: one.footprint.total)
+    steps = [(work(one.method, client.shapes)(client.mine), one) for one in tried]
+    cheap = [one for step, one in steps if step and not (step.above.backward or step.below.backward)]
+    best = min(map(client.planned, cheap or tried), key=lambda one: one.footprint.total)
     need, of = best.footprint, client.of
     largest = sorted(zip(need._fields, need, strict=True), key=lambda part: -part[1])[:3]
     parts = ", ".join(f"{name} {shown(size)}" for name, size in largest if size)
@@ -312,7 +313,7 @@ def _lower(client: Client, best: Planned, of: Outline) -> Iterator[str]:
 def said(setting: Setting) -> str:
     """A setting in words."""
     choice = setting.method.estimator
-    kind = getattr(choice["kind"], "__name__", choice["kind"]).replace("_", " ")
+    kind = str(getattr(choice["kind"], "__name__", choice["kind"])).replace("_", " ")
     words = [kind]
     for key, form in (
         ("directions", "K = {}"),

@@ -1,7 +1,7 @@
 """Differential privacy of what a run makes public: each client's answer clipped, Gaussian noise on their sum.
 
     d_i = answer_i min(1, C / |answer_i|)         one client's whole answer, over all of its names
-    g   = (sum_i d_i + z C n) / m,  n ~ N(0, I)   m the clients that were asked for a name, whoever answered
+    g   = (sum_i d_i + z C n) / m,  n ~ N(0, I)   m the clients that were asked for a name; all weigh alike
 
 (McMahan et al. 2018, arXiv 1710.06963, DP-FedAvg.) The answer is what the client moves its values by, its gradient, or,
 with shared seeds, its scalars: few dimensions, so little noise. Neighbours are runs in which one client's data are

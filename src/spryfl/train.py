@@ -12,15 +12,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from spryfl import costs, noise, server
+from spryfl import costs, figures, noise, server
 from spryfl import journal as disk
 from spryfl.choices import Built, Method, build
-from spryfl.classes import REST
+from spryfl.figures import Record
 from spryfl.journal import Journal, Progress
 from spryfl.privacy import Privacy, drawn_key, epsilon
-from spryfl.types import Instruction, Params, Passes, Scalars, ServerState, Unit, Update
+from spryfl.types import Instruction, Params, Passes, ServerState, Unit, Update
 
 
 class Answers(NamedTuple):
@@ -82,7 +82,6 @@ class Tried(NamedTuple):
 
 Exchange = Callable[[Sequence[Instruction]], Answers]
 Evaluate = Callable[[Params], dict[str, float]]  # values -> numbers by name on the untouched test rows
-Record = dict[str, Any]
 
 # The fields of a record that may differ between two equal runs.
 TIMED = ("seconds", "peak_bytes", "class_peak_bytes", "engine")
@@ -209,16 +208,16 @@ def one_round(
         "cohort": [one.client for one in told],
         "failed": {str(client): why for client, why in last.failed.items()},
         **_repeated(tried[:-1]),
-        **_gate(plan.method, kept, refused),
+        **figures.gate(plan.method, kept, refused),
         **_spent(plan, round_),
         **({"note": refused.note} if refused.note else {}),
-        "loss": _mean([(u.loss, u.examples) for u in shown]),
+        "loss": figures.mean([(u.loss, u.examples) for u in shown]),
         **scores,
-        **_personal(shown),
-        **_scalars(shown),
+        **figures.personal(shown),
+        **figures.scalars(shown),
         "peak_bytes": max((u.peak_bytes for u in shown), default=0),
         **_engine(tried),
-        **_classes(plan.method, told, shown),
+        **({} if plan.promised else figures.classes(plan.method, told, kept)),
         **_totals(progress),
     }
     return record, state, progress
@@ -341,68 +340,9 @@ def _totals(progress: Progress) -> Record:
     return out
 
 
-def _personal(updates: Sequence[Update]) -> Record:
-    """The metric on the clients' own held-out rows before and after local training, their mean weighted by rows."""
-    rows = sum(u.held_out for u in updates)
-    if not rows:
-        return {}
-    return {
-        "personal_before": sum(u.correct_before for u in updates) / rows,
-        "personal_after": sum(u.correct_after for u in updates) / rows,
-    }
-
-
-def _gate(method: Built, updates: Sequence[Update], refused: server.Refused) -> Record:
-    """What the gate looked at, each client's variance (None where one batch has none), and whom it left out."""
-    if not method.gate:
-        return {}
-    variance = {str(u.client): u.variance if math.isfinite(u.variance) else None for u in updates}
-    return {"variance": variance, "gated": list(refused.gated)}
-
-
-def _scalars(updates: Sequence[Update]) -> Record:
-    """What the round's directional derivatives looked like: spikes are how such runs diverge."""
-    whole = sum((update.scalars for update in updates), start=Scalars())
-    drawn = whole[0]
-    if not drawn:
-        return {}
-    kept = drawn - whole.refused
-    return {
-        "scalars": drawn,
-        "scalars_refused": whole.refused,
-        "scalars_clipped": whole.clipped,
-        "scalar_rms": math.sqrt(whole.squares / kept) if kept else None,
-        "scalar_max": whole.largest,
-    }
-
-
-def _classes(method: Built, told: Sequence[Instruction], updates: Sequence[Update]) -> Record:
-    """Of each class of clients: how many were asked and answered, their loss, their passes, the most memory of one."""
-    if not method.classes:
-        return {}
-    told_of = {one.client: one.client_class or REST for one in told}
-    out: dict[str, Record] = {}
-    peaks: dict[str, int] = {}
-    for name in (one.name or REST for one in method.classes):
-        own = [update for update in updates if told_of[update.client] == name]
-        out[name] = {
-            "asked": list(told_of.values()).count(name),
-            "answered": len(own),
-            "loss": _mean([(u.loss, u.examples) for u in own]),
-            "passes": sum(sum(u.passes) for u in own),
-        }
-        peaks[name] = max((u.peak_bytes for u in own), default=0)
-    return {"classes": out, "class_peak_bytes": peaks}
-
-
 def head(plan: Plan) -> frozenset[str]:
     """Names of the head's values."""
     return frozenset(name for unit in plan.units if unit.head for name in unit.params)
-
-
-def _mean(weighted: Sequence[tuple[float, int]]) -> float | None:
-    total = sum(weight for _, weight in weighted)
-    return sum(value * weight for value, weight in weighted) / total if total else None
 
 
 def _keep(journal: Journal | None, record: Record, state: ServerState, progress: Progress) -> None:

@@ -52,8 +52,8 @@ class Matrix:
         return lambda at: decode(parts, self.shape, at.start, at.stop)
 
     def whole(self, device: torch.device) -> Tensor:
-        """The matrix, float32."""
-        return self.decoder(device)(slice(0, self.shape[0]))
+        """The matrix, float32, in memory of its own: what the parts lie in may be another's after the next product."""
+        return self.decoder(device)(slice(0, self.shape[0])).clone()
 
     def __deepcopy__(self, memo: Any) -> Matrix:
         return self  # it never changes, and its parts may be a file

@@ -16,7 +16,7 @@ continued to all blocks: every phase of a step grows by the same bytes with each
 
 from spryfl.footprint.outline import Outline, outline, outlined, shapes
 from spryfl.footprint.predict import Footprint, footprint, held, peak
-from spryfl.footprint.process import process
+from spryfl.footprint.process import measure_here, process
 from spryfl.footprint.step import Marked, prefix_bytes, step, values
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "Outline",
     "footprint",
     "held",
+    "measure_here",
     "outline",
     "outlined",
     "peak",

@@ -2,9 +2,9 @@
 
     peak(phase) = peak in the short form + sum over kinds (blocks left out) (what one more block of the kind adds)
 
-The short form has one block of each kind, or two (`outline.kinds`), in their order. Phases are continued one by one and
-the largest is taken at the end: where directions are drawn nothing grows with the blocks, where a graph is kept it does,
-and the one may be above the other in a short model and below it in a long one.
+The short form has one block of each kind, or two (`outline.kinds`), in their order. Phases are continued one by one
+and the largest is taken at the end: where directions are drawn nothing grows with the blocks, where a graph is kept it
+does, and the one may be above the other in a short model and below it in a long one.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from spryfl.footprint.outline import Kind, Outline, Skeleton, kinds, original, s
 from spryfl.footprint.phantom import fill, phantoms
 from spryfl.footprint.process import process
 from spryfl.footprint.step import prefix_bytes, step, values
+from spryfl.layout import forget
 from spryfl.loss import ModelLoss, Prefix
 from spryfl.types import Unit
 
@@ -201,13 +202,13 @@ def _continued(asked: _Asked, what: str, units: Sequence[Unit]) -> _Held:
     for i, kind in enumerate(kinds(asked.of, units, top)):
         places.setdefault(kind, []).append(i)
     kept = _kept(places, asked.exact is not None)
-    base = {i for kind, own in places.items() for i in own[: kept[kind]]}
+    base = tuple(sorted(i for kind, own in places.items() for i in own[: kept[kind]]))
     start = _short(asked, what, base)
     left: dict[Kind, float] = {kind: len(own) - kept[kind] for kind, own in places.items() if len(own) > kept[kind]}
     graph = {kind: more for kind, more in left.items() if _in_graph(asked, kind)}
     rest = {kind: more for kind, more in left.items() if kind not in graph}
     grow = {**graph, **(_by_values(rest, units) if what == "step" else {})}
-    longer = [(more, _short(asked, what, base | set(places[kind][: kept[kind] + 1]))) for kind, more in grow.items()]
+    longer = [(more, _short(asked, what, _grown(base, places[kind], kept[kind]))) for kind, more in grow.items()]
 
     def on(pick: Callable[[_Held], int]) -> int:
         return round(pick(start) + sum(more * (pick(held) - pick(start)) for more, held in longer))
@@ -252,9 +253,14 @@ def _kept(places: Mapping[Kind, Sequence[int]], reverse: bool) -> dict[Kind, int
     return {kind: 2 if kind in alone else 1 for kind in places}
 
 
-def _short(asked: _Asked, what: str, blocks: set[int]) -> _Held:
+def _grown(base: tuple[int, ...], own: Sequence[int], kept: int) -> tuple[int, ...]:
+    """A short form with one more block of a kind beside its others, so that the rest stands as it stood."""
+    after = base.index(own[kept - 1]) + 1
+    return *base[:after], own[kept], *base[after:]
+
+
+def _short(asked: _Asked, what: str, chosen: tuple[int, ...]) -> _Held:
     """What a run holds in a short form of the model; done once for all short forms that are alike."""
-    chosen = tuple(sorted(blocks))
     form = skeleton(asked.of, chosen)
     top = _top(asked.method)
     if top > 0:
@@ -280,6 +286,7 @@ def _run(asked: _Asked, what: str, form: Skeleton) -> _Held:
     made = build(asked.method)
     batch = sample(asked.of.task, asked.of.config, asked.rows, asked.tokens)
     with phantoms() as count:
+        forget(form.module)  # what a first step looks up once
         fill(form.module, count)
         params = {name: count.like(value) for name, value in form.params.items()}
         moved = asked.mine if what == "step" or asked.exact is None else asked.exact
