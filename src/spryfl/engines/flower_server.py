@@ -20,7 +20,7 @@ from flwr.serverapp import Grid
 from flwr.superlink.grid import InMemoryGrid
 
 from spryfl import config, costs, job, ledger, models, server, train
-from spryfl.choices import REGISTRIES
+from spryfl.choices import REGISTRIES, parties
 from spryfl.config import Experiment
 from spryfl.engines import flower_client
 from spryfl.engines.flower_check import Expected
@@ -145,7 +145,7 @@ def expected(made: Job) -> Expected:
     """What answers must be like."""
     examples = {i: len(part) for i, part in enumerate(made.parts)}
     method = made.experiment.method
-    known = method.estimator["kind"] in list(REGISTRIES["estimator"])
+    known = all(one.estimator["kind"] in list(REGISTRIES["estimator"]) for one in parties(method))
     return Expected(made.model.params, examples, steps(made), _seeded(made), method.guide or not known)
 
 
@@ -159,9 +159,9 @@ def _seeded(made: Job) -> Callable[[Instruction], tuple[int, frozenset[str]] | N
     """Scalars of a step and the names that are exact, by an instruction's units."""
     work = costs.work(made.experiment.method, models.shapes_of(made.model.module, made.model.units, 1, 1))
 
-    @functools.cache
-    def seeded(names: tuple[str, ...]) -> tuple[int, frozenset[str]] | None:
-        step = work([unit for unit in made.model.units if set(unit.params) <= set(names)])
+    @functools.lru_cache(maxsize=256)
+    def seeded(names: tuple[str, ...], client: int) -> tuple[int, frozenset[str]] | None:
+        step = work([unit for unit in made.model.units if set(unit.params) <= set(names)], client)
         return step and (step.terms, frozenset(name for unit in step.dense for name in unit.params))
 
-    return lambda told: seeded(told.names)
+    return lambda told: seeded(told.names, told.client)
