@@ -58,7 +58,7 @@ def prepare(where: Path) -> None:
     rows = [[(corpus.train.text[i], names[corpus.train.label[i]], f"site{k}") for i in s] for k, s in enumerate(sites)]
     write(where / "all" / "train.csv", [row for site in rows for row in site])
     test = zip(corpus.test.text, corpus.test.label, strict=True)
-    write(where / "all" / "test.csv", [(text, names[label], "") for text, label in test])
+    write(where / "all" / "test.csv", [(text, names[label], "test") for text, label in test])
     for k, site in enumerate(rows):
         write(where / f"site{k}.csv", site)
 
