@@ -42,6 +42,7 @@ ROWS = [
     ("qwen2.5-0.5b", "float32", 8, 256),
     ("qwen2.5-0.5b", "float32", 8, 64),
     ("qwen2.5-0.5b", "float32", 1, 256),
+    ("qwen2.5-0.5b", "float32", 1, 64),
     ("llama3.2-1b", "4bit", 8, 256),
     ("llama3.2-1b", "4bit", 1, 256),
     ("llama2-7b", "4bit", 8, 256),
@@ -52,6 +53,7 @@ ROWS = [
     ("opt-13b", "4bit", 8, 256),
     ("opt-13b", "4bit", 8, 64),
     ("opt-13b", "4bit", 1, 128),
+    ("opt-13b", "4bit", 1, 64),
 ]
 # Peak of one client, GB, of Panchal et al. 2024 (arXiv 2405.15551), as its figure and text give them; and what others
 # report of such models. None of it was measured here, and not on this hardware, length or software.

@@ -64,6 +64,9 @@ class TestEquality:
         {"method": {"name": "decomfl", "head": "exact", "exchange": "scalars"}},
         {"method": "spry_per_iteration", "train": {"steps": 0, "epochs": 2}},
         {"method": "fedkseed", "partition": {"split": "dirichlet"}, "data": {"train_rows": 0}},
+        {"method": {"name": "fedavg", "exchange": "scalars", "aggregate": {"weigh": "variance"}, "classes": [
+            {"name": "small", "share": 0.5, "estimator": "forward", "assignment": "few", "lr": 0.5, "micro_batch": 2},
+        ]}},
     ])  # fmt: skip
     def test_and_other_choices(self, changes, given, tmp_path):
         over_flower(given(**changes), tmp_path / "flower")

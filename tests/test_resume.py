@@ -189,6 +189,20 @@ class TestInterrupted:
         assert "spryfl resume" in capsys.readouterr().err
         assert json.loads((tmp_path / "one" / "run.json").read_text())["state"] == "cancelled"
 
+    def test_an_error_in_the_middle_leaves_a_run_that_can_be_gone_on_with(
+        self, settings, whole, tmp_path, monkeypatch, capsys
+    ):
+        def refuse(*args, **kwargs):
+            raise ValueError("no room left")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("spryfl.server.finish", refuse)
+            assert spryfl(patch, "run", *settings, "--out", tmp_path, "--name", "one") == 2
+        assert "no room left" in capsys.readouterr().err
+        assert json.loads((tmp_path / "one" / "run.json").read_text())["state"] == "cancelled"
+        assert spryfl(monkeypatch, "resume", tmp_path / "one") == 0
+        assert_same(whole, tmp_path / "one")
+
     def test_before_the_first_round(self, settings, tmp_path, monkeypatch, capsys):
         def interrupt(*args, **kwargs):
             raise KeyboardInterrupt

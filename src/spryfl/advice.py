@@ -121,8 +121,8 @@ def reason(rows: Sequence[Row], client: Client) -> str:
         against = f", where {said(seeded[0].setting)} makes {_share(seeded[0])} of it" if seeded else ""
         backprop = "Checkpointed backprop" if best.setting.method.estimator.get("checkpoint") else "Backprop"
         return (
-            f"{said_} {backprop} fits and is the better choice: its gradient is exact, so a step makes all the progress "
-            f"that one can make{against}."
+            f"{said_} {backprop} fits and is the better choice: its gradient is exact, and makes all the progress "
+            f"that a step can make{against}."
         )
     least = min(dense, key=lambda one: one.footprint.total, default=None)
     beyond = f" Backprop does not fit: with least memory it needs {shown(least.footprint.total)}." if least else ""

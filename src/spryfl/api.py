@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -12,8 +12,19 @@ from torch import nn
 from spryfl import adapters, job, models, noise, server, tasks
 from spryfl import data as source
 from spryfl.config import Experiment, parse
-from spryfl.job import History, Job
+from spryfl.job import Job
 from spryfl.methods import Method
+from spryfl.models import Model
+from spryfl.types import Params
+
+
+class History(NamedTuple):
+    """What a run leaves in memory: its records, the final values, the model that carries them."""
+
+    records: list[dict[str, Any]]
+    params: Params
+    model: Model
+    folder: Path | None
 
 
 def finetune(

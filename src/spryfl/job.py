@@ -57,15 +57,6 @@ class Job(NamedTuple):
     streamed: Model | None = None  # the same model opened block by block, where a class of clients wants it so
 
 
-class History(NamedTuple):
-    """What a run leaves in memory: its records, the final values, the model that carries them."""
-
-    records: list[dict[str, Any]]
-    params: Params
-    model: Model
-    folder: Path | None
-
-
 def read(experiment: Experiment) -> data.Corpus:
     """The experiment's data."""
     d = experiment.data
@@ -152,10 +143,9 @@ def prepare(experiment: Experiment, corpus: data.Corpus, model: Model, tokens: t
 
 def _streamed(experiment: Experiment, corpus: data.Corpus) -> Model | None:
     """The packed model once more, for the classes of clients that stream it: units and values are the same."""
-    if not any(one.stream for one in experiment.method.classes):
-        return None
     section = experiment.model.model_copy(update={"stream": True})
-    return load_model(experiment.model_copy(update={"model": section}), corpus.labels)
+    wanted = any(one.stream for one in experiment.method.classes)
+    return load_model(experiment.model_copy(update={"model": section}), corpus.labels) if wanted else None
 
 
 def _held(job: Job, name: str) -> tuple[Model, int]:
@@ -265,12 +255,10 @@ def exchange(job: Job, state: ServerState) -> train.Exchange:
 def rehearse(job: Job) -> None:
     """One row through the estimator, for the clients with the fewest and the most values, before there is a folder.
 
-    With classes of clients for the first of each. A ValueError says what method and model cannot do together. With
-    micro-batches it takes a row more than one holds.
+    A ValueError says what cannot be together. Of classes the first client of each; with micro-batches a row more.
     """
     plan, (state, _) = job.plan, train.start(job.plan, job.model.params)
-    there = plan.method.present(plan.clients)
-    first = {plan.method.member(client_): client_ for client_ in reversed(there)}
+    first = {plan.method.member(client_): client_ for client_ in reversed(plan.method.present(plan.clients))}
     cohort = list(first.values()) if plan.method.classes else train.cohort(plan, 1)
     told = server.begin(state, plan.units, cohort, plan.method, plan.seed)
     told.sort(key=lambda one: tree.size(tree.select(one.params, one.names)))
@@ -324,10 +312,10 @@ def run(
 
 @contextlib.contextmanager
 def cancelling(opened: Journal | None) -> Iterator[None]:
-    """Around what consumes `run`: an interruption, wherever it comes, leaves a run that is called cancelled."""
+    """Around what consumes `run`: an interruption or an error, wherever it comes, leaves a run called cancelled."""
     try:
         yield
-    except KeyboardInterrupt:
+    except BaseException:
         note(opened, state="cancelled")
         raise
 

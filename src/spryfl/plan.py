@@ -187,7 +187,7 @@ def ways(method: Method, of: Outline) -> list[Method]:
     seeded = method.estimator if "directions" in method.estimator else {"kind": "forward", "directions": 1}
     count = seeded["directions"]
     head = "shared" if method.head == "exact" else method.head
-    ends = [{"kind": "backprop"}, {"kind": "backprop", "checkpoint": True}]
+    ends: list[dict[str, Any]] = [{"kind": "backprop"}, {"kind": "backprop", "checkpoint": True}]
     differences = {"kind": "central_difference", "directions": count}
     return [
         *(replace(method, estimator=end, head=head) for end in ends),
@@ -313,7 +313,7 @@ def _lower(client: Client, best: Planned, of: Outline) -> Iterator[str]:
 def said(setting: Setting) -> str:
     """A setting in words."""
     choice = setting.method.estimator
-    kind = getattr(choice["kind"], "__name__", choice["kind"]).replace("_", " ")
+    kind = str(getattr(choice["kind"], "__name__", choice["kind"])).replace("_", " ")
     words = [kind]
     for key, form in (
         ("directions", "K = {}"),

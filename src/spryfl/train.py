@@ -12,11 +12,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from spryfl import costs, figures, noise, server
 from spryfl import journal as disk
 from spryfl.choices import Built, Method, build
+from spryfl.figures import Record
 from spryfl.journal import Journal, Progress
 from spryfl.privacy import Privacy, drawn_key, epsilon
 from spryfl.types import Instruction, Params, Passes, ServerState, Unit, Update
@@ -81,7 +82,6 @@ class Tried(NamedTuple):
 
 Exchange = Callable[[Sequence[Instruction]], Answers]
 Evaluate = Callable[[Params], dict[str, float]]  # values -> numbers by name on the untouched test rows
-Record = dict[str, Any]
 
 # The fields of a record that may differ between two equal runs.
 TIMED = ("seconds", "peak_bytes", "class_peak_bytes", "engine")
@@ -217,7 +217,7 @@ def one_round(
         **figures.scalars(shown),
         "peak_bytes": max((u.peak_bytes for u in shown), default=0),
         **_engine(tried),
-        **figures.classes(plan.method, told, shown),
+        **({} if plan.promised else figures.classes(plan.method, told, kept)),
         **_totals(progress),
     }
     return record, state, progress

@@ -49,7 +49,7 @@ def plan_(
     methods = [given.method, *(named(name) for name in asked[1:])]
     t = given.train
     own: dict[str, Any] = {"rows": t.batch_size, "tokens": given.data.max_length, "every": settings}
-    round_ = {"clients": given.partition.clients, "cohort": t.cohort, "steps": t.steps or 10}
+    round_: dict[str, Any] = {"clients": given.partition.clients, "cohort": t.cohort, "steps": t.steps or 10}
     answer = advice.advise(of, methods, budget=budget, stream=not no_stream, **own, **round_)
     if picture and answer.rows:
         parts = [(row.planned.setting, row.planned.footprint._asdict()) for row in answer.rows]

@@ -243,7 +243,7 @@ def answered(body: bytes, note: Note, context: Context, clock: dict[str, float])
     except LostError as error:
         log.warning("%s", error)
         return letter(b"", {"lost": True})
-    update = client.run(told._replace(params=params), made.plan.method, job.local(made)(0))
+    update = client.run(told._replace(params=params), made.plan.method, job.local(made, told.client_class)(0))
     if made.plan.method.follows:
         memory.keep(kept)
     clock["step"] = time.perf_counter() - since

@@ -86,8 +86,10 @@ def sites_job(experiment: Experiment, corpus: Any, model: models.Model) -> Job:
             f"own. Run it in process, or use a federated method."
         )
     made, clients = job.prepare(flower_client.alone(experiment), corpus, model), experiment.partition.clients
-    plan = made.plan._replace(clients=clients, cohort=min(experiment.train.cohort, clients))
-    return made._replace(experiment=experiment, plan=plan, parts=((),) * clients, held=((),) * clients)
+    there = len(made.plan.method.present(clients))
+    plan = made.plan._replace(clients=clients, cohort=min(experiment.train.cohort, there))
+    settled = experiment.model_copy(update={"method": made.experiment.method})
+    return made._replace(experiment=settled, plan=plan, parts=((),) * clients, held=((),) * clients)
 
 
 def opened(made: Job, folder: Path, goes_on: bool, own: bool) -> tuple[Journal, ServerState, Progress]:

@@ -126,7 +126,7 @@ def fill(module: nn.Module, made: Phantoms) -> None:
         for name, value in inner._parameters.items():
             if value is not None:
                 filled = one(value)
-                inner._parameters[name] = known.setdefault(id(filled), nn.Parameter(filled, requires_grad=False))
+                inner._parameters[name] = known.setdefault(id(filled), nn.Parameter(filled, requires_grad=False))  # type: ignore[assignment]
         for name, buffer in inner._buffers.items():
             if buffer is not None:
                 inner._buffers[name] = one(buffer)
