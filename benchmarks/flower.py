@@ -161,7 +161,7 @@ def facts(rounds: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--name", type=Path, default=Path(__file__).with_name("flower_cpu"))
     parser.add_argument("--page", type=Path, default=Path(__file__).parents[1] / "docs" / "flower.md")
     parser.add_argument("--steps", type=int, nargs="+", choices=STEPS, default=list(STEPS))
