@@ -162,7 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--name", type=Path, default=Path(__file__).with_name("flower_cpu"))
+    parser.add_argument("--name", type=Path, default=Path(__file__).with_name("flower_cpu_2026-11"))
     parser.add_argument("--page", type=Path, default=Path(__file__).parents[1] / "docs" / "flower.md")
     parser.add_argument("--steps", type=int, nargs="+", choices=STEPS, default=list(STEPS))
     parser.add_argument("--methods", nargs="+", default=[one["name"] for one in METHODS.values()])
@@ -194,7 +194,8 @@ def machine(report: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     return (
         f"{report['date']}, {report['cores']} cores of {report['processor']}, load {report['load'][0]} before and "
-        f"{report['load_after'][0]} after; {versions}."
+        f"{report['load_after'][0]} after; {versions}; the median of {report['rounds'] - 2} rounds of each."
+        + (" The machine was busy: seconds are too high, bytes are not." if report["load"][0] > report["cores"] else "")
     )
 
 
