@@ -35,6 +35,11 @@ from spryfl.engines.flower import client_app
 from spryfl.engines.flower_letters import letter, opened
 from spryfl.methods import METHODS
 
+UNEQUAL = [
+    {"name": "strong", "share": 0.25, "estimator": "backprop"},
+    {"name": "middle", "share": 0.25, "estimator": {"kind": "forward", "directions": 2, "exact_top": 1}},
+    {"name": "weak", "share": 0.5, "estimator": "forward", "assignment": "few", "head": "exact", "lr": 0.3},
+]
 QUICK = ("spry", "fedavg", "decomfl", "fedkseed")
 
 
@@ -64,6 +69,8 @@ class TestEquality:
         {"method": {"name": "decomfl", "head": "exact", "exchange": "scalars"}},
         {"method": "spry_per_iteration", "train": {"steps": 0, "epochs": 2}},
         {"method": "fedkseed", "partition": {"split": "dirichlet"}, "data": {"train_rows": 0}},
+        {"method": {"name": "fedavg", "classes": UNEQUAL, "aggregate": {"weigh": "variance"}}},
+        {"method": {"name": "fedavg", "classes": UNEQUAL, "exchange": "scalars"}},
         {"method": {"name": "fedavg", "exchange": "scalars", "aggregate": {"weigh": "variance"}, "classes": [
             {"name": "small", "share": 0.5, "estimator": "forward", "assignment": "few", "lr": 0.5, "micro_batch": 2},
         ]}},

@@ -159,7 +159,7 @@ def _seeded(made: Job) -> Callable[[Instruction], tuple[int, frozenset[str]] | N
     """Scalars of a step and the names that are exact, by an instruction's units and its client's class."""
     work = costs.work(made.experiment.method, models.shapes_of(made.model.module, made.model.units, 1, 1))
 
-    @functools.cache
+    @functools.lru_cache(maxsize=256)
     def seeded(names: tuple[str, ...], client: int) -> tuple[int, frozenset[str]] | None:
         step = work([unit for unit in made.model.units if set(unit.params) <= set(names)], client)
         return step and (step.terms, frozenset(name for unit in step.dense for name in unit.params))
