@@ -642,3 +642,15 @@ def test_what_a_class_cannot_hold(section, words):
     with pytest.raises(ValueError) as error:  # noqa: PT011
         parse(classed(section))
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_the_planner_itself_settles_a_class_on_a_packed_model(settings, tiny, tmp_path):  # noqa: F811
+    """An adapter that starts from the weights' singular vectors is planned without any weights."""
+    packing.pack(str(tiny), tmp_path / "packed", "float32")
+    adapter = {"kind": "lora_xs", "r": 2, "targets": ["query"]}
+    changes = {"model": {"name": str(tmp_path / "packed")}, "adapter": adapter}
+    roomy, tight = ([{"name": "a", "share": 0.5, "memory": memory}] for memory in ("8GB", "20MB"))
+    made = api.prepared(parse(settings(method={"name": "fedavg", "classes": roomy}, **changes)))
+    assert made.experiment.method.classes[0].estimator == {"kind": "backprop", "checkpoint": False}
+    with pytest.raises(ValueError, match=r'"a" with memory = "20MB": nothing fits.*smallest need.*lower it'):
+        api.prepared(parse(settings(method={"name": "fedavg", "classes": tight}, **changes)))
