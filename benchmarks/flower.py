@@ -58,7 +58,7 @@ def prepare(where: Path) -> None:
     rows = [[(corpus.train.text[i], names[corpus.train.label[i]], f"site{k}") for i in s] for k, s in enumerate(sites)]
     write(where / "all" / "train.csv", [row for site in rows for row in site])
     test = zip(corpus.test.text, corpus.test.label, strict=True)
-    write(where / "all" / "test.csv", [(text, names[label], "") for text, label in test])
+    write(where / "all" / "test.csv", [(text, names[label], "test") for text, label in test])
     for k, site in enumerate(rows):
         write(where / f"site{k}.csv", site)
 
@@ -161,7 +161,7 @@ def facts(rounds: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--name", type=Path, default=Path(__file__).with_name("flower_cpu"))
     parser.add_argument("--page", type=Path, default=Path(__file__).parents[1] / "docs" / "flower.md")
     parser.add_argument("--steps", type=int, nargs="+", choices=STEPS, default=list(STEPS))

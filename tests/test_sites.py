@@ -200,6 +200,7 @@ def test_files_are_named_so_that_other_processes_find_them(small, reviews, monke
     assert folder.settled(Experiment()).data.name == "docstrings"
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # in what Flower imports
 def test_what_flower_sends_is_the_project_file_alone(small, tmp_path):
     """No run folder, no note, no key that lies beside it."""
     import io

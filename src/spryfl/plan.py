@@ -24,6 +24,8 @@ from spryfl.footprint import Footprint, Outline, footprint, held, peak, shapes
 from spryfl.server import deal
 from spryfl.types import Passes, Unit
 
+NEAR = 0.93  # a batch is tried when this part of its bound, so many times what one row takes, is within the budget
+
 
 class Setting(NamedTuple):
     """How one client takes its steps."""
@@ -265,7 +267,7 @@ def _pieces(client: Client, least: Setting) -> Setting | None:
         whole = least._replace(micro_batch=size)
         if idle + (size or client.rows) * each <= client.budget or size == 1 or (not size and client.rows == 1):
             return whole
-        if idle + 0.8 * (size or client.rows) * each <= client.budget and client.fits(whole):
+        if idle + NEAR * (size or client.rows) * each <= client.budget and client.fits(whole):
             return whole
     return least
 

@@ -156,7 +156,7 @@ def steps(made: Job) -> Callable[[int], int]:
 
 
 def _seeded(made: Job) -> Callable[[Instruction], tuple[int, frozenset[str]] | None]:
-    """Scalars of a step and the names that are exact, by an instruction's units."""
+    """Scalars of a step and the names that are exact, by an instruction's units and its client's class."""
     work = costs.work(made.experiment.method, models.shapes_of(made.model.module, made.model.units, 1, 1))
 
     @functools.lru_cache(maxsize=256)

@@ -34,7 +34,7 @@ from spryfl.choices import Built, Method
 from spryfl.config import Experiment
 from spryfl.costs import peak_memory, work
 from spryfl.costs.resident import pages_of, resident, watched
-from spryfl.footprint.outline import outline, sample
+from spryfl.footprint.outline import Outline, outline, sample
 from spryfl.footprint.predict import Footprint, footprint
 from spryfl.footprint.step import prefix_bytes, step, values
 from spryfl.loss import ModelLoss
@@ -158,10 +158,15 @@ def shown(request: Request, found: Profile) -> tuple[list[tuple[str, ...]], list
     ]
 
 
-def predicted(request: Request) -> Footprint:
-    """What the planner says of a request; no weights are read."""
+def planned(request: Request) -> Outline:
+    """The model of a request as the planner sees it; no weights are read."""
     task, adapter = tasks.build(request.task), adapters.build(request.adapter)
-    of = outline(request.model, request.labels, adapter, task=task, attention=request.attention)
+    return outline(request.model, request.labels, adapter, task=task, attention=request.attention)
+
+
+def predicted(request: Request, of: Outline | None = None) -> Footprint:
+    """What the planner says of a request; `of` is what `planned` gave for its model, for many of them."""
+    of = of or planned(request)
     method = Method(**request.method)
     return footprint(
         of,
