@@ -119,7 +119,7 @@ class TestDeployment:
             assert here.ended(run) == "finished:completed", here.log()
         failed = [record["failed"] for record in records(folder)[1:]]
         assert failed[1]["1"] == "did not answer within 28 s"  # before Flower misses the node, after 30 to 60 s
-        assert failed[-1] == {}
+        assert any("1" not in why for why in failed[2:])  # it is used again
         lost = {(r, int(client)) for r, why in enumerate(failed, 1) for client in why}
         here_too = in_process(one, tmp_path / "here", lambda r, c: (r, c) in lost, moved)
         assert_same(folder, here_too, leave=("failed", *BYTES))
