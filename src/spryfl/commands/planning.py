@@ -35,7 +35,7 @@ def plan_(
     set_: Set = None,
 ) -> None:
     """What one client's step holds in memory, part by part, with each way to a gradient; what fits, best first."""
-    from spryfl import advice, footprint, pictures
+    from spryfl import advice, footprint
     from spryfl.config import Experiment
     from spryfl.methods import named
     from spryfl.plan import shown
@@ -52,6 +52,8 @@ def plan_(
     round_: dict[str, Any] = {"clients": given.partition.clients, "cohort": t.cohort, "steps": t.steps or 10}
     answer = advice.advise(of, methods, budget=budget, stream=not no_stream, **own, **round_)
     if picture and answer.rows:
+        from spryfl import pictures
+
         parts = [(row.planned.setting, row.planned.footprint._asdict()) for row in answer.rows]
         pictures.parts([(advice.said(setting), held) for setting, held in parts], picture, budget)
     if json_:
