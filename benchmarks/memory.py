@@ -264,8 +264,8 @@ Attention is the models' default (scaled dot product), so backprop here does not
 
 glibc keeps freed blocks up to the size of the largest that was freed, among which those in use leave holes: that is
 most of `beside`. 8 blocks of RoBERTa-Large, backprop, 1 x 256: 70 MB, and 10 MB with MALLOC_MMAP_THRESHOLD_=131072 in
-the environment, in the same time. A streamed model's process sets this by itself (1 MB); RoBERTa-Large streamed at
-1 x 256 and Llama2-7B were measured before it did: with it RoBERTa's peak is 0.583 GB, `beside` 14 MB instead of 81.
+the environment, in the same time. A streamed model's process sets this by itself (1 MB): RoBERTa-Large streamed at
+1 x 256 held 81 MB `beside` before it did, and 14 with it. Llama2-7B was measured before it did.
 
 ## By part, MB, predicted / measured
 
