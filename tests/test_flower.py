@@ -246,7 +246,8 @@ class TestLies:
 
         @app.train("round")
         def answer(message, context):
-            return client_app(Message(letter(b"cut short", {}), message.metadata.dst_node_id, "train.round"), context)
+            message.content = letter(b"cut short", {})
+            return client_app(message, context)
 
         with pytest.raises(ValueError, match="too few clients answered, 0 of 3") as error:
             over_flower(given(train={"min_answers": 0.5}), tmp_path / "flower", app=app)
