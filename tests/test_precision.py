@@ -24,7 +24,7 @@ from spryfl.backbone import Packed, adopt, pack, packed
 from spryfl.estimators import backprop, forward
 from spryfl.jvp import jvp
 from spryfl.loss import ModelLoss
-from spryfl.types import Directional, Estimate, Passes, Scalars
+from spryfl.types import Directional, Estimate, Passes, Piece, Scalars
 
 WIDE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
 CONFIGS = {
@@ -255,14 +255,19 @@ def test_a_packed_head_is_made_an_ordinary_one_where_it_is_trained(precision):
     assert torch.equal(made.params["base_model.model.classifier.modules_to_save.default.weight"], truth)
 
 
-class Staircase:
+class Whole:
+    def pieces(self, batch, seed=None):
+        return (Piece(1.0, batch, seed, 0),)
+
+
+class Staircase(Whole):
     """A loss that rounds: smooth at large, flat in the small."""
 
     def __call__(self, params, batch, seed=None):
         return ((params["w"] ** 2).sum() * 4).round() / 4
 
 
-class Smooth:
+class Smooth(Whole):
     def __call__(self, params, batch, seed=None):
         return (params["w"] ** 2).sum()
 

@@ -122,7 +122,7 @@ def requested(experiment: Experiment, labels: int = 2, slot: int = 0) -> Request
     train, model = experiment.train, experiment.model
     return Request(
         model=model.name,
-        method=asdict(experiment.method),
+        method={**asdict(experiment.method), "classes": []},  # one client: its class's choices are the method's here
         adapter=dict(experiment.adapter),
         task=dict(experiment.task),
         labels=tuple(str(i) for i in range(labels)),
