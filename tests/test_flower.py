@@ -24,7 +24,7 @@ from flower_cases import (
     settings,
     swapped,
 )
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, RecordDict
 from flwr.clientapp import ClientApp
 from grids import RUN, HereGrid, InMemoryHere
 

@@ -200,7 +200,8 @@ def test_a_request_and_its_answer_travel_as_they_are(shape, monkeypatch):
     with pytest.raises(ValueError, match="spry") as said:
         measure.measured(asked)
     given = json.loads(str(said.value))
-    assert Request(**{**given, "labels": tuple(given["labels"])}) == asked
+    method = {**given["method"], "classes": tuple(given["method"]["classes"])}
+    assert Request(**{**given, "labels": tuple(given["labels"]), "method": method}) == asked
 
 
 def test_the_command_shows_both_and_the_gap(shape, monkeypatch):
