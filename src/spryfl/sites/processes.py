@@ -38,10 +38,15 @@ def found(words: Sequence[str]) -> list[str]:
 
 
 def environment(app: Path) -> dict[str, str]:
-    """This process's environment and Flower's; paths to packages hold in any folder."""
+    """This process's environment and Flower's; paths to packages hold in any folder.
+
+    Flower starts its other programs by name: they are found beside this interpreter, though nobody activated its
+    environment.
+    """
     paths = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     own = {"PYTHONPATH": os.pathsep.join(paths)} if paths else {}
-    return {**os.environ, **own, **typed.environment(app)}
+    found = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
+    return {**os.environ, **own, "PATH": found, **typed.environment(app)}
 
 
 def call(words: Sequence[str], app: Path, folder: Path, seconds: float = 1800.0) -> str:
