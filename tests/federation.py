@@ -106,6 +106,16 @@ class Federation:
         ).stdout
         return json.loads(said[said.index("{") :])["runs"][0]["status"]
 
+    def wait_for_records(self, folder: Path, count: int, run: subprocess.Popen, seconds: float = 400) -> None:
+        """Until the run folder of a run that goes on has so many records."""
+        file = folder / "records.jsonl"
+
+        def there() -> bool:
+            assert run.poll() is None, f"the run ended too early: {self.log()}"
+            return file.is_file() and file.read_bytes().count(b"\n") >= count
+
+        _until(there, seconds, f"{file} has not {count} records")
+
     def log(self, name: str = "run") -> str:
         return (self.folder / f"{name}.log").read_text(errors="replace")
 
@@ -140,17 +150,6 @@ def descendants(pid: int) -> list[int]:
         found += below
         left += below
     return found
-
-
-def wait_for_records(folder: Path, count: int, run: subprocess.Popen, seconds: float = 400) -> None:
-    """Until a run folder has so many records."""
-    file = folder / "records.jsonl"
-
-    def there() -> bool:
-        assert run.poll() is None, "the run ended before"
-        return file.is_file() and file.read_bytes().count(b"\n") >= count
-
-    _until(there, seconds, f"{file} has not {count} records")
 
 
 def _signal(pid: int, how: int) -> None:

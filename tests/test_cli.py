@@ -395,7 +395,7 @@ class TestMistakes:
             patch.setattr("spryfl.models.save_adapter", full)
             code, _, err = spryfl("run", *flags, "--out", tmp_path, "--name", "a")
         self.check(code, err, "No space left on device")
-        assert json.loads((tmp_path / "a" / "run.json").read_text())["state"] == "running"
+        assert json.loads((tmp_path / "a" / "run.json").read_text())["state"] == "cancelled"
         assert spryfl("resume", tmp_path / "a")[0] == 0
 
     def test_a_place_that_cannot_be_written_to(self, flags, spryfl, tmp_path):

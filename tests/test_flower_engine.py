@@ -9,7 +9,7 @@ import time
 
 import pytest
 from conftest import sentences
-from federation import Federation, end, wait_for_records
+from federation import Federation, end
 from flower_cases import BYTES, assert_same, facts, in_process, lines, records, settings
 from flower_liar import LIARS
 from flower_light import moved
@@ -110,10 +110,10 @@ class TestDeployment:
             here.link()
             _, second = here.node(0), here.node(1)
             run = here.submit(one, folder)
-            wait_for_records(folder, 2, run)
+            here.wait_for_records(folder, 2, run)
             end(second, signal.SIGKILL)
             since = time.monotonic()
-            wait_for_records(folder, 3, run)
+            here.wait_for_records(folder, 3, run)
             assert time.monotonic() - since < 45
             here.node(1)
             assert here.ended(run) == "finished:completed", here.log()
@@ -132,7 +132,7 @@ class TestDeployment:
             database = ("--database", tmp_path / "link.db")
             link, nodes = here.link(*database), (here.node(0), here.node(1))
             run = here.submit(one, folder)
-            wait_for_records(folder, 2, run)
+            here.wait_for_records(folder, 2, run)
             end(link, signal.SIGKILL)
             end(run, signal.SIGKILL)
             assert json.loads((folder / "run.json").read_text())["state"] == "running"

@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 from typer.testing import CliRunner
 
-from spryfl import api, cli, journal, trace
+from spryfl import api, cli, journal, packing, provenance, trace
 from spryfl.config import Experiment
 from spryfl.sites import bits, certs, doctor, folder, hashes, processes, typed
 
@@ -460,12 +460,28 @@ def test_every_bit_of_the_weights_counts_and_the_head_does_not(tiny, tmp_path):
     assert hashes.weights(Experiment(model={"name": "nobody/has-this"})) == ""
 
 
+def test_encoded_matrices_count_too_streamed_or_not(tiny, tmp_path):
+    from transformers import BertModel
+
+    other = BertModel.from_pretrained(tiny)
+    with torch.no_grad():
+        other.encoder.layer[1].output.dense.weight.neg_()
+    other.save_pretrained(tmp_path / "other")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "other" / name).write_bytes((tiny / name).read_bytes())
+    for source, name in ((tiny, "a"), (tmp_path / "other", "b")):
+        packing.pack(str(source), tmp_path / name, "8bit")
+    first, second = (hashes.weights(Experiment(model={"name": str(tmp_path / name)})) for name in "ab")
+    assert first != second
+    assert hashes.weights(Experiment(model={"name": str(tmp_path / "a"), "stream": True})) == first
+
+
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.int64, torch.bool])
 def test_any_type_of_tensor_has_a_hash(kind):
     value = torch.tensor([[0, 1], [1, 0]]).to(kind)
-    seen = {hashes.digest({"w": v}) for v in (value, value.T, value.view(4), value.to(torch.float64))}
+    seen = {provenance.digest([("w", v)]) for v in (value, value.T, value.view(4), value.to(torch.float64))}
     assert len(seen) == 3  # this one is its own transpose
-    assert hashes.digest({"w": value}) == hashes.digest({"w": value.T})
+    assert provenance.digest([("w", value)]) == provenance.digest([("w", value.T)])
 
 
 # --- as a user meets them

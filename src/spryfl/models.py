@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
 
 from spryfl import adapters, hub, opened, tasks
-from spryfl.backbone import adopt
+from spryfl.backbone import Packed, adopt
 from spryfl.backbone.store import check_streamed, is_packed, open_store
 from spryfl.costs import Shapes
 from spryfl.hooks import seeded
@@ -240,6 +240,18 @@ def usable(device: str) -> torch.device:
         found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         possible = ", ".join(["cpu", *(name for name, there in found.items() if there)])
         raise ValueError(f'device = "{device}" cannot be used here: {first(error)} Possible: {possible}.') from error
+
+
+def stored(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor that a model holds by name, the parts of encoded matrices too; of a streamed model block by block.
+
+    A part may be gone once the next is asked for.
+    """
+    state = module.state_dict()
+    yield from ((name, state[name]) for name in sorted(state))
+    for path, inner in module.named_modules():
+        if isinstance(inner, Packed):
+            yield from ((f"{path}.weight.{part}", value) for part, value in inner.matrix.parts().items())
 
 
 def foreign(model: Model) -> bool:

@@ -12,7 +12,6 @@ tokenized, no others; the model is opened once a process.
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import logging
 import os
@@ -26,7 +25,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from flwr.app import Context, RecordDict
 
-from spryfl import client, config, data, job, ledger, models, noise, partition, tasks, trace, train, wire
+from spryfl import client, config, data, job, ledger, models, noise, partition, provenance, tasks, trace, train, wire
 from spryfl.config import Experiment
 from spryfl.data import columns, tables
 from spryfl.data.examples import Examples, take
@@ -199,12 +198,7 @@ def prepared(experiment: Experiment, here: Site, labels: Sequence[str], number: 
 
 def frozen_hash(model: Model) -> str:
     """What the frozen values of a model are, in 16 hex digits. Cost: one pass over its bytes."""
-    digest = hashlib.blake2b(digest_size=8)
-    for name, value in sorted(model.module.state_dict().items()):
-        if name not in model.params:
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return provenance.digest((name, value) for name, value in models.stored(model.module) if name not in model.params)
 
 
 def hello(note: Note, context: Context) -> Note:

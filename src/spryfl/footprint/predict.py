@@ -201,20 +201,31 @@ def _continued(asked: _Asked, what: str, units: Sequence[Unit]) -> _Held:
     places: dict[Kind, list[int]] = {}
     for i, kind in enumerate(kinds(asked.of, units, top)):
         places.setdefault(kind, []).append(i)
-    kept = _kept(places, asked.exact is not None)
-    base = tuple(sorted(i for kind, own in places.items() for i in own[: kept[kind]]))
+    base = _base(asked, places)
     start = _short(asked, what, base)
-    left: dict[Kind, float] = {kind: len(own) - kept[kind] for kind, own in places.items() if len(own) > kept[kind]}
+    left: dict[Kind, float] = {kind: more for kind, own in places.items() if (more := len(set(own) - set(base)))}
     graph = {kind: more for kind, more in left.items() if _in_graph(asked, kind)}
     rest = {kind: more for kind, more in left.items() if kind not in graph}
     grow = {**graph, **(_by_values(rest, units) if what == "step" else {})}
-    longer = [(more, _short(asked, what, _grown(base, places[kind], kept[kind]))) for kind, more in grow.items()]
+    longer = [(more, _short(asked, what, _grown(base, places[kind]))) for kind, more in grow.items()]
 
     def on(pick: Callable[[_Held], int]) -> int:
         return round(pick(start) + sum(more * (pick(held) - pick(start)) for more, held in longer))
 
     peaks = tuple(on(lambda held, i=i: held.peaks[i]) for i in range(len(start.peaks)))  # type: ignore[misc]
     return _Held(peaks, on(lambda held: held.prefix), on(lambda held: held.state))
+
+
+def _base(asked: _Asked, places: Mapping[Kind, Sequence[int]]) -> tuple[int, ...]:
+    """The blocks of the short form: the first of each kind, and where kinds differ in what a graph keeps the last one.
+
+    The way back begins at the last block, when most is held: which kind lies there counts.
+    """
+    kept = _kept(places, asked.exact is not None)
+    chosen = {i for kind, own in places.items() for i in own[: kept[kind]]}
+    if sum(_in_graph(asked, kind) for kind in places) > 1:
+        chosen.add(asked.of.layers - 1)
+    return tuple(sorted(chosen))
 
 
 def _in_graph(asked: _Asked, kind: Kind) -> bool:
@@ -253,10 +264,11 @@ def _kept(places: Mapping[Kind, Sequence[int]], reverse: bool) -> dict[Kind, int
     return {kind: 2 if kind in alone else 1 for kind in places}
 
 
-def _grown(base: tuple[int, ...], own: Sequence[int], kept: int) -> tuple[int, ...]:
+def _grown(base: tuple[int, ...], own: Sequence[int]) -> tuple[int, ...]:
     """A short form with one more block of a kind beside its others, so that the rest stands as it stood."""
-    after = base.index(own[kept - 1]) + 1
-    return *base[:after], own[kept], *base[after:]
+    new = next(i for i in own if i not in base)
+    after = base.index(max(i for i in base if i in own and i < new)) + 1
+    return *base[:after], new, *base[after:]
 
 
 def _short(asked: _Asked, what: str, chosen: tuple[int, ...]) -> _Held:
