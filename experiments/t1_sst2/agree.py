@@ -1,5 +1,7 @@
-"""Do forward mode along all axes of a unit and backprop take the same steps? The row `forward` of a comparison, some
-rounds long, beside the same row with backprop under the same split. Writes agree.json. Cost: half a minute.
+"""Do forward mode along all axes of a unit, central differences along the same ones, and backprop take the same steps?
+
+The row `forward` of the comparison, some rounds long, beside the same row with central differences and with backprop
+under the same split. Writes agree.json. Cost: a minute of one core.
 
     python experiments/t1_sst2/agree.py --data ../shared/data/sst2 --out experiments/t1_sst2
 """
@@ -9,6 +11,7 @@ import json
 import time
 import tomllib
 from pathlib import Path
+from typing import Any
 
 from spryfl import compare, config, finetune, tree
 
@@ -29,17 +32,23 @@ def main() -> None:
         "data": {"name": asked.data, "train_rows": 1000, "test_rows": 100},
         "train": {"rounds": asked.rounds, "eval_every": asked.rounds},
     }
-    backprop = {"method": {"estimator": {"kind": "backprop"}, "head": "shared"}}
+    differences = {"kind": "central_difference", "directions": 16, "distribution": "orthogonal", "mu": 1e-3}
+    ways: dict[str, dict[str, Any]] = {
+        "forward": {},
+        "central differences": {"method": {"estimator": differences}},
+        "backprop": {"method": {"estimator": {"kind": "backprop"}, "head": "shared"}},
+    }
     ends, seconds = {}, {}
-    for name, more in (("forward", {}), ("backprop", backprop)):
+    for name, more in ways.items():
         start = time.process_time()
         ends[name] = finetune(config.parse(config.merge(config.merge(base, small), more)))
         seconds[name] = time.process_time() - start
-    one, other = (ends[name].params for name in ("forward", "backprop"))
     found = {
         "rounds": asked.rounds,
-        "apart": tree.norm(tree.subtract(one, other)),
-        "length": tree.norm(one),
+        "apart_from_backprop": {
+            name: tree.norm(tree.subtract(end.params, ends["backprop"].params)) for name, end in ends.items()
+        },
+        "moved": tree.norm(tree.subtract(ends["backprop"].params, ends["backprop"].model.params)),
         "test_loss": {name: end.records[-1]["test_loss"] for name, end in ends.items()},
         "start_loss": ends["forward"].records[0]["test_loss"],
         "processor_seconds": seconds,

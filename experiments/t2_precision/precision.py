@@ -1,4 +1,4 @@
-"""What rounding leaves of a directional derivative: the jvp and central differences over float32, bf16 and 4-bit weights.
+"""What rounding leaves of a directional derivative: jvp and central differences over float32, bf16 and 4-bit weights.
 
     c_k = <grad loss(w), v_k>        by jvp, and by [loss(w + mu v_k) - loss(w - mu v_k)] / 2mu for several mu
     reference                        grad of the same (rounded) weights, all else in float32, by reverse mode
@@ -16,9 +16,10 @@ import tempfile
 from pathlib import Path
 
 import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
 from spryfl import Experiment, adapters, job, models, noise, optimizers, packing, tasks, tree
 from spryfl.estimators import backprop, central_difference, forward
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 MUS = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 1e-4)
 ADAPTER = {"kind": "lora", "r": 1, "alpha": 1.0}  # the paper's: query and value, 9,216 values
