@@ -38,18 +38,6 @@ _SPRY = Method(
     summary="units split among clients, forward-mode gradients, mean by unit",
     paper="Panchal et al., NeurIPS 2024, arXiv 2405.15551",
 )
-_SPRY_PLUS = replace(
-    _SPRY,
-    name="spry_plus",
-    estimator={"kind": "forward", "directions": 16, "distribution": "orthogonal"},
-    assignment={"kind": "few", "units": 1},
-    local_optimizer={"kind": "none"},
-    server_optimizer={"kind": "adamw", "lr": 2e-2},
-    head="exact",
-    schedule="linear",
-    summary="Spry along all axes of small units, exact where a unit has 16 values (lora_xs, r = 4); head exact",
-    paper=f"{_SPRY.paper}, changed by us: experiments/t1_sst2",
-)
 _FEDAVG = Method(
     "fedavg",
     local_optimizer={"kind": "adamw", "lr": 1e-3},
@@ -109,7 +97,6 @@ _ROWS = (
         summary="Spry that sends scalars: the server makes the directions again and steps itself",
     ),
     replace(_SPRY, name="fedfgd", assignment={"kind": "everyone"}, summary="Spry without the split"),
-    _SPRY_PLUS,
     _FEDAVG,
     _FEDYOGI,
     replace(
