@@ -21,7 +21,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from spryfl import Experiment, adapters, job, models, noise, optimizers, packing, tasks, tree
 from spryfl.estimators import backprop, central_difference, forward
 
-MUS = (1e-1, 1e-2, 1e-3, 1e-4)
+MUS = (1e-2, 1e-3, 1e-4)
 ADAPTER = {"kind": "lora", "r": 1, "alpha": 1.0}  # the paper's: query and value, 9,216 values
 LENGTH = 64
 
@@ -31,9 +31,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--directions", type=int, default=24)
-    parser.add_argument("--batches", type=int, default=2, help="probe batches of 16 rows")
-    parser.add_argument("--steps", type=int, default=60, help="AdamW steps of 16 rows before the probe, rate 5e-3")
+    parser.add_argument("--directions", type=int, default=16)
+    parser.add_argument("--batches", type=int, default=1, help="probe batches of 16 rows")
+    parser.add_argument("--steps", type=int, default=40, help="AdamW steps of 16 rows before the probe, rate 5e-3")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
