@@ -73,7 +73,7 @@ def picture(found: dict[str, dict[str, list[float]]], memory: dict[str, dict[str
         if label not in rows or place not in memory:
             continue
         seen = rows[label]["accuracy"]
-        x, y = memory[place]["predicted_mb"], mean(seen)
+        x, y = memory[place]["measured_mb"], mean(seen)
         axes.errorbar(x, y, [[y - min(seen)], [max(seen) - y]], marker="o", capsize=3)
         axes.annotate(SAID[label], (x, y), xytext=(6, 5), textcoords="offset points", fontsize=8)
     axes.axhline(head, linestyle="--", linewidth=1, color="gray")
