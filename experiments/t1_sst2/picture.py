@@ -18,20 +18,20 @@ from spryfl import report
 
 HERE = Path(__file__).parent
 MEMORY = {  # label -> the row of memory.json
-    "forward": "forward, last 2, 1 tangent at once",
+    "forward": "forward, last 2, 1 tangents at once",
     "head": "head alone",
     "top1_alone": "fedavg_checkpointed, last 1",
     "top2_alone": "fedavg_checkpointed, last 2",
     "backprop": "fedavg, all blocks",
     "backprop, checkpointed": "fedavg_checkpointed, all blocks",
 }
-SAID = {
-    "forward": "forward mode, blocks 5 and 6",
-    "head": "head alone, same rounds",
-    "top1_alone": "exact top alone, b = 1",
-    "top2_alone": "exact top alone, b = 2",
-    "backprop": "backprop",
-    "backprop, checkpointed": "backprop, checkpointed",
+SAID = {  # label -> (what stands beside its point, where)
+    "forward": ("forward mode, last two blocks,\none tangent at a time", (7, -4)),
+    "head": ("head alone, same rounds", (7, -4)),
+    "top1_alone": ("exact top alone, b = 1", (-4, -14)),
+    "top2_alone": ("b = 2", (7, 2)),
+    "backprop": ("backprop", (-20, 8)),
+    "backprop, checkpointed": ("checkpointed", (-36, 8)),
 }
 
 
@@ -75,15 +75,21 @@ def picture(found: dict[str, dict[str, list[float]]], memory: dict[str, dict[str
         seen = rows[label]["accuracy"]
         x, y = memory[place]["measured_mb"], mean(seen)
         axes.errorbar(x, y, [[y - min(seen)], [max(seen) - y]], marker="o", capsize=3)
-        axes.annotate(SAID[label], (x, y), xytext=(6, 5), textcoords="offset points", fontsize=8)
+        said, where = SAID[label]
+        axes.annotate(said, (x, y), xytext=where, textcoords="offset points", fontsize=8)
     axes.axhline(head, linestyle="--", linewidth=1, color="gray")
     axes.annotate(
-        "best converged head", (axes.get_xlim()[0], head), xytext=(4, 3), textcoords="offset points", fontsize=8
+        "best converged head (mean of the tokens)",
+        (axes.get_xlim()[0], head),
+        xytext=(4, 3),
+        textcoords="offset points",
+        fontsize=8,
     )
     axes.set_xscale("log")
     axes.set_xlabel("MB of a step above the model (one sequence of 64 tokens at a time)")
     axes.set_ylabel("accuracy on 872 test rows")
-    axes.margins(x=0.25)
+    axes.set_xlim(0.65, 30)
+    axes.margins(y=0.12)
     figure.savefig(HERE / "curve.png", dpi=130)
 
 
