@@ -1,4 +1,4 @@
-"""table.json from run folders, and the picture: accuracy on the test rows against what a step holds in memory.
+"""table.json from run folders; results.json and the picture: accuracy on the test rows against what a step holds.
 
 python experiments/t1_sst2/picture.py runs/t1-dirichlet/*          # table.json, then curve.png from it and memory.json
 python experiments/t1_sst2/picture.py                              # the picture alone
@@ -65,6 +65,28 @@ def table(folders: list[str]) -> dict[str, dict[str, list[float]]]:
     return out
 
 
+def results(found: dict[str, dict[str, list[float]]], memory: dict[str, dict[str, float]]) -> list[dict[str, object]]:
+    """A line a row, as README.md shows them."""
+    out = []
+    for label, one in found.items():
+        place = MEMORY.get("forward" if label == "twin" else label, "")
+        held = memory[place]["measured_mb"] if place in memory and label != "twin" else None
+        out.append(
+            {
+                "row": label,
+                "seeds": ", ".join(str(int(seed)) for seed in one["seed"]),
+                "accuracy": mean(one["accuracy"]),
+                "each": ", ".join(f"{value:.4f}" for value in one["accuracy"]),
+                "loss": mean(one["test_loss"]),
+                "passes": mean(one["value_passes"]) + mean(one["tangent_passes"]) + mean(one["backward_passes"]),
+                "up": mean(one["mb_up"]),
+                "seconds": mean(one["seconds"]),
+                "held": f"{held:.1f}" if held else "",
+            }
+        )
+    return out
+
+
 def picture(found: dict[str, dict[str, list[float]]], memory: dict[str, dict[str, float]], head: float) -> None:
     """One point a row, with the range over its seeds."""
     figure, axes = plt.subplots(figsize=(7.2, 4.4), layout="constrained")
@@ -80,8 +102,8 @@ def picture(found: dict[str, dict[str, list[float]]], memory: dict[str, dict[str
     axes.axhline(head, linestyle="--", linewidth=1, color="gray")
     axes.annotate(
         "best converged head (mean of the tokens)",
-        (axes.get_xlim()[0], head),
-        xytext=(4, 3),
+        (0.72, head),
+        xytext=(0, 3),
         textcoords="offset points",
         fontsize=8,
     )
@@ -99,6 +121,8 @@ def main() -> None:
         (HERE / "table.json").write_text(json.dumps(table(sys.argv[1:]), indent=1) + "\n", encoding="utf-8")
     found = json.loads((HERE / "table.json").read_text(encoding="utf-8"))
     memory = json.loads((HERE / "memory.json").read_text(encoding="utf-8"))
+    rows = json.dumps(results(found, memory), indent=1)
+    (HERE / "results.json").write_text(rows + "\n", encoding="utf-8")
     head = json.loads((HERE / "head.json").read_text(encoding="utf-8"))
     picture(found, memory, head["chosen"]["test"])
 

@@ -51,7 +51,8 @@ def main() -> None:
             out[name] = measured(exact, rough, at, probes, asked.directions)
             print(json.dumps({name: out[name]}), flush=True)
     facts = {"directions": asked.directions, "batches": asked.batches, "steps": asked.steps, "values": _values(at)}
-    told = {"facts": {**facts, "torch": torch.__version__}, "rows": out}
+    rows_ = [{"backbone": name, **flat(one)} for name, one in out.items()]
+    told = {"facts": {**facts, "torch": torch.__version__}, "rows": rows_}
     (asked.out / "table.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 
@@ -120,6 +121,11 @@ def measured(exact: models.Model, rough: models.Model, at: dict, probes: list, c
                 }
             )
     return {name: {key: sum(one[key] for one in all_) / len(all_) for key in all_[0]} for name, all_ in found.items()}
+
+
+def flat(found: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Names of ways and of cosines joined: `jvp scalars`."""
+    return {f"{way} {key}": value for way, all_ in found.items() for key, value in all_.items()}
 
 
 def dot(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
