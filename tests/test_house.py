@@ -30,7 +30,7 @@ RANKS: list[list[str]] = [
     ["footprint", "figures"],
     ["train", "plan"],
     ["sizing"],
-    ["engines", "testing"],
+    ["engines", "testing", "probe"],
     ["job"],
     ["api", "report", "screen", "explain", "advice"],
     ["flower"],

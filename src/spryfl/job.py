@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from spryfl import (
     models,
     noise,
     partition,
+    probe,
     provenance,
     server,
     sizing,
@@ -237,6 +239,13 @@ def evaluate(job: Job) -> train.Evaluate:
     return every
 
 
+def watched(job: Job) -> train.Watch | None:
+    """What holds rounds against the true gradient, where that is asked for."""
+    t = job.experiment.train
+    asked = t.probe, t.probe_every, t.batch_size
+    return probe.watch(job.plan, job.rows, job.parts, functools.partial(_held, job), asked) if t.probe else None
+
+
 def own_models(job: Job, params: Params) -> list[Params]:
     """The models that a state holds: one, or one a client where nobody shares."""
     if not job.plan.method.alone:
@@ -303,7 +312,7 @@ def run(
         return
     final, carry = state, carry or exchange(job, state)
     note(opened, state="running")
-    for record, final in train.train(job.plan, state, progress, carry, evaluate(job), opened):
+    for record, final in train.train(job.plan, state, progress, carry, evaluate(job), opened, watched(job)):
         yield record, final
     if opened:
         export(job, server.served(final), opened.folder / "adapter")

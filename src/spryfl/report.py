@@ -61,6 +61,11 @@ def scored(run: Run) -> list[Record]:
     return [record for record in run.records if metric(run) in record]
 
 
+def probed(runs: Sequence[Run]) -> list[Run]:
+    """The runs in which the probe looked at a round (train.probe)."""
+    return [run for run in runs if any("alignment" in record for record in run.records)]
+
+
 # What of a record lies along a picture, or stands in a table: its name, and how it is made.
 ALONG: dict[str, Callable[[Record], float]] = {
     "rounds": lambda r: r["round"],

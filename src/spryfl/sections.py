@@ -72,6 +72,8 @@ class TrainSection(BaseModel):
     tries: int = Field(1, ge=1)  # cohorts of a round at most, with min_answers
     rest: int = Field(0, ge=0)  # rounds that a client is left out for once it failed twice running
     dropout: bool = False  # the model's own dropout layers while training
+    probe: int = Field(0, ge=0)  # training rows on which estimates are held against the true gradient; 0 = never
+    probe_every: int = Field(0, ge=0)  # rounds between two such looks; 0 = with each evaluation
     keep_prefix: float = Field(0.0, ge=0)  # MB of hidden states kept over a client's local epochs; batches then stay
 
 

@@ -82,9 +82,11 @@ class Tried(NamedTuple):
 
 Exchange = Callable[[Sequence[Instruction]], Answers]
 Evaluate = Callable[[Params], dict[str, float]]  # values -> numbers by name on the untouched test rows
+# (state before, instructions, answers that counted, state after, whether the round is evaluated) -> more of its record
+Watch = Callable[[ServerState, Sequence[Instruction], Sequence[Update], ServerState, bool], Record]
 
 # The fields of a record that may differ between two equal runs.
-TIMED = ("seconds", "peak_bytes", "class_peak_bytes", "engine")
+TIMED = ("seconds", "peak_bytes", "class_peak_bytes", "engine", "probe_seconds")
 
 
 def cohort(plan: Plan, round_: int, attempt: int = 0, resting: Collection[int] = ()) -> list[int]:
@@ -134,6 +136,7 @@ def train(
     exchange: Exchange,
     evaluate: Evaluate,
     journal: Journal | None = None,
+    watch: Watch | None = None,
 ) -> Iterator[tuple[Record, ServerState]]:
     """Runs the rounds that are left and yields each one's record, after it and the state are safe on the disk."""
     if not _begun(progress):
@@ -141,7 +144,7 @@ def train(
         _keep(journal, record, state, progress)
         yield record, state
     while unfinished(plan, state, progress):
-        record, state, progress = one_round(plan, state, progress, exchange, evaluate)
+        record, state, progress = one_round(plan, state, progress, exchange, evaluate, watch)
         _keep(journal, record, state, progress)
         yield record, state
 
@@ -187,10 +190,15 @@ def _first(plan: Plan, state: ServerState, progress: Progress, evaluate: Evaluat
 
 
 def one_round(
-    plan: Plan, state: ServerState, progress: Progress, exchange: Exchange, evaluate: Evaluate
+    plan: Plan,
+    state: ServerState,
+    progress: Progress,
+    exchange: Exchange,
+    evaluate: Evaluate,
+    watch: Watch | None = None,
 ) -> tuple[Record, ServerState, Progress]:
     """One round from cohort to record."""
-    since = time.perf_counter()
+    since, before = time.perf_counter(), state
     round_ = state.round + 1
     due = round_ % plan.eval_every == 0 or round_ == plan.rounds
     tried = _attempts(plan, state, progress, exchange, due)
@@ -215,6 +223,7 @@ def one_round(
         **scores,
         **figures.personal(shown),
         **figures.scalars(shown),
+        **(watch(before, told, kept, state, due) if watch else {}),
         "peak_bytes": max((u.peak_bytes for u in shown), default=0),
         **_engine(tried),
         **({} if plan.promised else figures.classes(plan.method, told, kept)),

@@ -80,6 +80,10 @@ def report(
     picture = to or (folders[0] / "curves.png" if len(read) == 1 else folders[0].parent / "curves.png")
     pictures.curves(read, picture)
     out.print(f"picture: {picture}", soft_wrap=True)
+    if seen := reports.probed(read):
+        beside = picture.with_name("alignment.png")
+        pictures.alignment(seen, beside)
+        out.print(f"probe: {beside}", soft_wrap=True)
 
 
 @app.command("partition")

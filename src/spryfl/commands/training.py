@@ -164,6 +164,9 @@ def _tail(folder: Path) -> None:
 
     run_ = reports.read(folder)
     pictures.curves([run_], folder / "curves.png")
+    if seen := reports.probed([run_]):
+        pictures.alignment(seen, folder / "alignment.png")
+        out.print(f"\nprobe   {folder / 'alignment.png'}", soft_wrap=True)
     name, (first, *_, last) = reports.metric(run_), reports.scored(run_) * 2
     out.print(
         f"\n{name} on the untouched test rows: {first[name]:.4f} before, {last[name]:.4f} after "

@@ -85,6 +85,11 @@ def sites_job(experiment: Experiment, corpus: Any, model: models.Model) -> Job:
             f'method.sharing = "{experiment.method.sharing}" needs all rows in one place, and these nodes hold their '
             f"own. Run it in process, or use a federated method."
         )
+    if experiment.train.probe:
+        raise ValueError(
+            f"train.probe = {experiment.train.probe} looks at training rows, and these nodes keep their own. "
+            f"Remove it, or run it in process."
+        )
     made, clients = job.prepare(flower_client.alone(experiment), corpus, model), experiment.partition.clients
     there = len(made.plan.method.present(clients))
     plan = made.plan._replace(clients=clients, cohort=min(experiment.train.cohort, there))
