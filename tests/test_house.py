@@ -21,7 +21,7 @@ RANKS: list[list[str]] = [
     ["tree", "noise", "wire", "jvp", "hub"],
     ["data"],
     ["estimators", "assign", "optimizers", "aggregate", "privacy", "partition", "adapters", "tasks", "backbone"],
-    ["classes", "seeds"],
+    ["classes", "seeds", "rules"],
     ["hooks", "choices", "trace", "options", "provenance", "firstbatch"],
     ["layout", "ledger", "methods", "sections"],
     ["loss", "costs", "opened", "named"],

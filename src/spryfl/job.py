@@ -269,14 +269,14 @@ def rehearse(job: Job) -> None:
     plan, (state, _) = job.plan, train.start(job.plan, job.model.params)
     first = {plan.method.member(client_): client_ for client_ in reversed(plan.method.present(plan.clients))}
     cohort = list(first.values()) if plan.method.classes else train.cohort(plan, 1)
-    told = server.begin(state, plan.units, cohort, plan.method, plan.seed)
+    told = server.begin(state, plan.units, cohort, plan.method, plan.seed, growth=plan.method.growth)
     told.sort(key=lambda one: tree.size(tree.select(one.params, one.names)))
     for one in told if plan.method.classes else {told[i].client: told[i] for i in (0, -1)}.values():
         values, (model, most) = tree.to(one.params, job.model.device), _held(job, one.client_class)
         loss_fn = models.loss_fn(model, tree.without(values, one.names), micro_batch=most)
         batch = tasks.collate(job.rows, job.parts[one.client][: 1 + most], job.model.device)
         seed, chosen = noise.child_seed(plan.seed, "rehearsal"), tree.select(values, one.names)
-        estimator = plan.method.of(one.client_class).estimator
+        estimator = plan.method.of(one.client_class, one.growth).estimator
         firstbatch.rehearsed(estimator, loss_fn, chosen, batch, seed, models.foreign(model))
 
 

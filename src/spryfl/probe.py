@@ -207,7 +207,7 @@ def spread(values: Sequence[float]) -> Record:
 def estimated(probe: Probe, values: Params, told: Instruction, update: Update) -> Estimated:
     """What a client's estimator makes of the probe rows at these values."""
     own = tree.select(values, told.names)
-    estimator: Estimator = probe.plan.method.of(told.client_class).estimator
+    estimator: Estimator = probe.plan.method.of(told.client_class, told.growth).estimator
     loss_fn = probe.bind(told, tree.without(values, told.names))
     made = estimator(loss_fn, own, probe.batch, noise.child_seed(told.seed, "probe"))
     each = made.scalars[0]

@@ -6,6 +6,7 @@ bits. Needs torch alone. Cost: the clients' steps, and one pass over the test ro
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import time
@@ -16,7 +17,7 @@ from typing import NamedTuple
 
 from spryfl import costs, figures, noise, server
 from spryfl import journal as disk
-from spryfl.choices import Built, Method, build
+from spryfl.choices import Built, Method, build, evenly
 from spryfl.figures import Record
 from spryfl.journal import Journal, Progress
 from spryfl.privacy import Privacy, drawn_key, epsilon
@@ -112,7 +113,7 @@ def predicted(method: Method, shapes: costs.Shapes, clients: int, cohort_: int, 
     """
     if method.sharing == "pooled":
         clients, cohort_, steps = 1, 1, steps * cohort_
-    built = build(method)
+    built = build(method := evenly(method))
     settle = 10 * -(-len(built.present(clients)) // cohort_)
     plan = Plan(built, shapes.units, 0, settle, clients, cohort_, eval_every=1, patience=0)
     rounds = [server.deal(shapes.units, cohort(plan, r), built, r) for r in range(1, settle + 1)]
@@ -235,11 +236,11 @@ def one_round(
 def _attempts(plan: Plan, state: ServerState, progress: Progress, exchange: Exchange, due: bool) -> list[Tried]:
     """Cohorts of one round, one after the other, until enough of one answer; the last one's state counts."""
     out: list[Tried] = []
-    round_, scale = state.round + 1, plan.method.schedule(done(plan, state, progress))
+    round_, share = state.round + 1, done(plan, state, progress)
     resting = {client for client, (_, until) in progress.failing.items() if until >= round_}
     for attempt in range(plan.quorum.tries):
         who = cohort(plan, round_, attempt, resting)
-        out.append(_tried(plan, state, who, scale, due, exchange))
+        out.append(_tried(plan, state, who, share, due, exchange))
         if len(who) - len(out[-1].failed) >= plan.quorum.share * len(who):
             return out
     counts = "; ".join(f"{len(one.told) - len(one.failed)} of {len(one.told)}" for one in out)
@@ -249,17 +250,24 @@ def _attempts(plan: Plan, state: ServerState, progress: Progress, exchange: Exch
     )
 
 
-def _tried(plan: Plan, state: ServerState, who: Sequence[int], scale: float, due: bool, exchange: Exchange) -> Tried:
-    """One cohort's part in a round. A client whose memory was lost is sent the values and asked once more."""
-    told = server.begin(state, plan.units, who, plan.method, plan.seed, scale, due)
+def _tried(plan: Plan, state: ServerState, who: Sequence[int], share: float, due: bool, exchange: Exchange) -> Tried:
+    """One cohort's part in a round, `share` of the run being behind.
+
+    A client whose memory was lost is sent the values and asked once more.
+    """
+    method = plan.method
+    begin = functools.partial(server.begin, units=plan.units, cohort=who, method=method, seed=plan.seed, evaluate=due)
+    begin = functools.partial(begin, lr_scale=method.schedule(share), growth=method.growth**share)
+    told = begin(state)
     answers = exchange(told)
     if answers.lost:
         state = server.forget(state, answers.lost)
-        again = server.begin(state, plan.units, who, plan.method, plan.seed, scale, due)
+        again = begin(state)
         told = [new if new.client in answers.lost else old for old, new in zip(told, again, strict=True)]
         more = exchange([one for one in told if one.client in answers.lost])
         answers = _joined(told, answers, more)
-    return Tried(told, answers, *server.finish(state, told, answers.updates, plan.method, head(plan), plan.promised))
+    scale = method.server_schedule(share) if method.server_schedule else 1.0
+    return Tried(told, answers, *server.finish(state, told, answers.updates, method, head(plan), plan.promised, scale))
 
 
 def _joined(told: Sequence[Instruction], one: Answers, more: Answers) -> Answers:

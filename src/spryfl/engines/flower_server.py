@@ -169,4 +169,8 @@ def _seeded(made: Job) -> Callable[[Instruction], tuple[int, frozenset[str]] | N
         step = work([unit for unit in made.model.units if set(unit.params) <= set(names)], client)
         return step and (step.terms, frozenset(name for unit in step.dense for name in unit.params))
 
-    return lambda told: seeded(told.names, told.client)
+    def known(told: Instruction) -> tuple[int, frozenset[str]] | None:
+        found = seeded(told.names, told.client)
+        return found and (math.ceil(found[0] * told.growth) + 1, found[1]) if told.growth > 1 else found
+
+    return known
