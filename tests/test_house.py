@@ -36,6 +36,7 @@ RANKS: list[list[str]] = [
     ["flower"],
     ["pictures"],
     ["compare"],
+    ["tune"],
     ["sites"],
     ["commands"],
     ["cli"],
@@ -55,6 +56,7 @@ MAY_USE = {
     "typer": {"commands"},
     "pydantic": {"config", "options", "sections"},
     "flwr": {"flower"},
+    "optuna": {"tune"},
     "cryptography": {"sites"},
     "bitsandbytes": {"backbone"},
 }

@@ -141,6 +141,8 @@ def asked(experiment: Experiment) -> Experiment:
 
 def parse(given: Mapping[str, Any]) -> Experiment:
     """An experiment from nested plain values; every mistake in one ValueError, in the house's tone."""
+    if "tune" in given:
+        raise ValueError("[tune] has no effect on a single run. Remove it, or: spryfl tune --config FILE.")
     if "compare" in given:
         raise ValueError("[compare] has no effect on a single run. Remove it, or: spryfl compare --config FILE.")
     try:

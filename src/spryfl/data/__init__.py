@@ -23,6 +23,7 @@ from spryfl.data.examples import Examples, limited, rows, split, take
 from spryfl.data.tables import Table
 
 DOCSTRINGS = "docstrings"
+_ROW = " row"  # a column of numbers, beside names of columns, none of which begins like this
 
 
 class Corpus(NamedTuple):
@@ -94,6 +95,23 @@ def from_datasets(
         sides = {"train": sides["train"], "test": sources.in_memory(test, "test")}
     asked = Columns(text, pair, label, group)
     return _corpus("a data set in memory", sides, asked, needs, test_share, (train_rows, test_rows), seed)
+
+
+def held_out(corpus: Corpus, count: int, seed: int, whole: str = "") -> tuple[Corpus, tuple[int, ...]]:
+    """The training rows alone: about `count` of them as test rows, the others to learn from; and which those are.
+
+    The corpus's own test rows are gone. Class by class; with `whole` all rows of one value of that column together.
+    """
+    total = len(corpus.train.label)
+    if not 0 < count < total:
+        raise ValueError(f"{count} rows cannot be held out of {total} training rows. Hold out fewer.")
+    numbered = corpus.train._replace(extra={**corpus.train.extra, _ROW: tuple(range(total))})
+    train, test = split(numbered, count / total, seed, corpus.source, whole)
+    which = tuple(test.extra[_ROW])
+    train, test = (side._replace(extra={k: v for k, v in side.extra.items() if k != _ROW}) for side in (train, test))
+    note = f"{len(which)} of {total} training rows are held out to choose by; the test rows are not looked at"
+    fingerprint = _fingerprint(train, test, corpus.labels)
+    return corpus._replace(train=train, test=test, notes=(*corpus.notes, note), fingerprint=fingerprint), which
 
 
 def read_labelled(
