@@ -70,6 +70,7 @@ def parse(given: Mapping[str, Any], labels: Sequence[str] = (), seeds: Sequence[
     """
     fields: dict[str, Any] = {"methods": (list[str], []), "seeds": (list[int], [])}
     fields |= {"budget": (dict[str, int | float], {}), "changes": (dict[str, dict[str, Any]], {})}
+    fields["target"] = (float, 0.0)  # of the metric: what it took to come there stands in the table
     section = given.get("compare", {})
     if not isinstance(section, Mapping):
         raise ValueError(f"compare = {section!r}: it is a section, [compare]. Its keys: {', '.join(fields)}.")

@@ -10,6 +10,7 @@ Cost: reading the files.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import tomllib
@@ -144,6 +145,50 @@ def summary(groups: Groups) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     return ("runs", "seeds", "state", *(one.name for one in shown)), table
 
 
+def reached(run: Run, target: float, key: str = "") -> Record | None:
+    """The first record at which a number of the run is at the target; its metric, where no key is given."""
+    what = key or metric(run)
+    return next((record for record in run.records if record.get(what, -math.inf) >= target), None)
+
+
+def to_target(groups: Groups, target: float) -> dict[str, dict[str, dict[str, Any]]]:
+    """label -> metric or "personal" -> how many runs reached the target, and what it took those that did.
+
+    Counted at evaluations, so a run may have been there up to `eval_every` rounds before. the personal number is of
+    the round's cohort after local training.
+    """
+    out: dict[str, dict[str, dict[str, Any]]] = {}
+    for label, runs in groups.items():
+        for name, key in ((columns(runs)[1].name, ""), ("personal", _OWN)):
+            found = [record for run in runs if (record := reached(run, target, key)) is not None]
+            known = any(key in record for run in runs for record in run.records) if key else True
+            costs = {what: [along(record) for record in found] for what, along in ALONG.items()}
+            mean_sd = {what: _mean_sd(values) for what, values in costs.items()}
+            if known:
+                out.setdefault(label, {})[name] = {"reached": len(found), "of": len(runs), **mean_sd}
+    return out
+
+
+def _mean_sd(values: Sequence[float]) -> dict[str, float | None]:
+    return {"mean": mean(values) if values else None, "sd": stdev(values) if len(values) > 1 else None}
+
+
+def target_table(groups: Groups, target: float) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """`to_target` as a table: a row a label and number."""
+    digits, table = {"rounds": 0, "passes": 0, "MB up and down": 2, "seconds": 0}, []
+    for label, numbers in to_target(groups, target).items():
+        for name, one in numbers.items():
+            cells = [_said(one[what], digits[what]) for what in ALONG]
+            table.append((label, name, f"{one['reached']} of {one['of']}", *cells))
+    return ("runs", f"to {target:g}", "reached", *ALONG), table
+
+
+def _said(one: Mapping[str, float | None], digits: int) -> str:
+    if one["mean"] is None:
+        return "-"
+    return f"{one['mean']:.{digits}f}" + (f" ± {one['sd']:.{digits}f}" if one["sd"] else "")
+
+
 def _cell(column: Column, found: Sequence[float]) -> str:
     """A mean, with its spread where there is one to be seen; that of the metric always."""
     if not found:
@@ -196,6 +241,11 @@ class Compared(NamedTuple):
     groups: dict[str, list[Run]]  # in the order of the labels; each in the order of the seeds
 
     @property
+    def target(self) -> float:
+        """What of the metric is to be reached; 0 = nothing was named."""
+        return self.given["compare"].get("target", 0.0)
+
+    @property
     def runs(self) -> list[Run]:
         return [run for runs in self.groups.values() for run in runs]
 
@@ -214,9 +264,11 @@ def read_comparison(folder: Path) -> Compared:
     return Compared(folder.resolve().name, given, groups)
 
 
-def write_tables(folder: Path) -> Compared:
-    """Writes table.md and table.json from the runs as they stand."""
+def write_tables(folder: Path, target: float = 0.0) -> Compared:
+    """Writes table.md and table.json from the runs as they stand; `target` in place of the comparison's own."""
     compared = read_comparison(folder)
+    if target:
+        compared.given["compare"]["target"] = target
     facts = _as_json(compared)
     _write(folder / "table.json", json.dumps(facts, indent=1) + "\n")
     _write(folder / "table.md", _as_markdown(compared, facts))
@@ -244,6 +296,7 @@ def _as_json(compared: Compared) -> dict[str, Any]:
         "started": min((run.facts["started"] for run in compared.runs), default=None),
         "ended": max((run.facts.get("ended", "") for run in compared.runs), default="") or None,
         "methods": {label: _numbers(runs) for label, runs in compared.groups.items()},
+        **({"target": {"value": t, "methods": to_target(compared.groups, t)}} if (t := compared.target) else {}),
     }
 
 
@@ -283,6 +336,12 @@ came or were refused.
 """
 
 
+_TO_TARGET = """\
+To the first evaluation at the target or above it, mean ± sample standard deviation over the runs that came there; "-"
+where none did. personal: the clients of that round on their own held-out rows, after local training.
+"""
+
+
 def _as_markdown(compared: Compared, facts: Mapping[str, Any]) -> str:
     """The table, what its columns mean, and where it was made."""
     lines = [
@@ -290,6 +349,8 @@ def _as_markdown(compared: Compared, facts: Mapping[str, Any]) -> str:
         markdown(*summary(compared.groups)),
         _LEGEND.format(metric=", ".join(facts["metrics"])),
     ]
+    if compared.target:
+        lines += [markdown(*target_table(compared.groups, compared.target)), _TO_TARGET]
     lines += [f"- {note}" for note in notes(compared)] + [""] * bool(notes(compared))
     lines += ["![the same as a picture](compare.png)\n", f"State: {facts['state']}. Seeds: {facts['seeds']}."]
     lines += [f"Begun {facts['started']}, ended {facts['ended'] or '-'}. All settings: `compare.toml`; again with:\n"]

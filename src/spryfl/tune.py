@@ -6,9 +6,9 @@
 
 The test rows are never scored. `tuned.toml` holds the best values of each method as changes of `[compare]`, so that
 `spryfl compare --config tuned.toml` goes on from there; `trials.json` every trial, `table.md` the same to be read.
-Killed at any moment, the same call goes on: proposals follow from seeds and finished trials, a run that was cut short is gone
-on with to the same bits. Optuna (Akiba et al. 2019, arXiv 1907.10902) proposes; TPE is Bergstra et al. 2011. With
-`prune` a trial ends that after as many rounds is worse than the median of its method's trials (from the fifth on).
+Killed at any moment, the same call goes on: proposals follow from seeds and finished trials, a run that was cut short
+is gone on with to the same bits. Optuna (Akiba et al. 2019, arXiv 1907.10902) proposes; TPE is Bergstra et al. 2011.
+With `prune` a trial ends that after as many rounds is worse than the median of its method's trials (from the fifth on).
 Cost: trials x methods runs; the data once, a model once.
 """
 

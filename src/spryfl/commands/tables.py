@@ -59,6 +59,7 @@ def methods_(
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Run folders, or the folder of one comparison.")],
     to: Annotated[Path | None, typer.Option("--to", help="Where the picture goes.")] = None,
+    target: Annotated[float, typer.Option(help="Of the metric: what each run needs to come there. 0 = none.")] = 0.0,
     means: Annotated[
         bool, typer.Option("--mean", help="Mean and spread of runs that differ in seed; Markdown.")
     ] = False,
@@ -68,15 +69,19 @@ def report(
     from spryfl import report as reports
 
     if len(folders) == 1 and reports.is_comparison(folders[0]):
-        compared(folders[0], to)
+        compared(folders[0], to, target)
         return
     read = [reports.read(folder) for folder in folders]
     if means:
-        print(reports.markdown(*reports.summary(reports.by_seed(read))), end="")
+        print(reports.markdown(*reports.summary(groups := reports.by_seed(read))), end="")
+        if target:
+            print("\n" + reports.markdown(*reports.target_table(groups, target)), end="")
         return
     if len(read) > 1:
         table(out, ("setting", *(r.name for r in read)), reports.differences(read))
     table(out, *reports.rows(read))
+    if target:
+        table(out, *reports.target_table({run.name: [run] for run in read}, target))
     picture = to or (folders[0] / "curves.png" if len(read) == 1 else folders[0].parent / "curves.png")
     pictures.curves(read, picture)
     out.print(f"picture: {picture}", soft_wrap=True)

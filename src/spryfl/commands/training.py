@@ -78,6 +78,7 @@ def compare_(
     seeds: Annotated[str | None, typer.Option(help="Seeds, with commas: 0,1,2. Or those of [compare].")] = None,
     folder: Annotated[Path | None, typer.Option("--out", help="Its folder; made up without it.")] = None,
     set_: Set = None,
+    target: Annotated[float, typer.Option(help="Of the metric: what each needs to come there. 0 = none.")] = 0.0,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="The table alone.")] = False,
 ) -> None:
     """Several methods on the same data, seeds and budget, by turns: one table, one picture. Again: it goes on."""
@@ -85,9 +86,10 @@ def compare_(
     from spryfl import config as settings
 
     given = settings.merge(settings.read(config or settings.QUICKSTART), changed_by({}, set_))
+    given = settings.merge(given, {"compare": {"target": target}} if target else {})
     labels = [word.strip() for word in (methods or "").split(",") if word.strip()]
     comparison = compare.parse(given, labels, compare.numbers(seeds or ""))
-    _compare(comparison, folder or Path("runs") / f"compare-{(config or settings.QUICKSTART).stem}", quiet)
+    _compare(comparison, folder or Path("runs") / f"compare-{(config or settings.QUICKSTART).stem}", quiet, target)
 
 
 @app.command()
@@ -125,7 +127,7 @@ def _go(experiment: Experiment, folder: Path, fresh: bool) -> None:
     _tail(folder)
 
 
-def _compare(comparison: Comparison, folder: Path, quiet: bool = False) -> None:
+def _compare(comparison: Comparison, folder: Path, quiet: bool = False, target: float = 0.0) -> None:
     """Runs a comparison, with what the screen shows."""
     from spryfl import compare
 
@@ -141,17 +143,20 @@ def _compare(comparison: Comparison, folder: Path, quiet: bool = False) -> None:
         begun = f"the finished rounds are safe. Go on with: spryfl resume {folder}"
         err.print(f"\nstopped; {begun if folder.exists() else 'nothing was begun.'}", soft_wrap=True)
         raise typer.Exit(130) from None
-    compared(folder)
+    compared(folder, target=target)
 
 
-def compared(folder: Path, to: Path | None = None) -> None:
+def compared(folder: Path, to: Path | None = None, target: float = 0.0) -> None:
     """The table and the picture of a comparison as it stands, written and shown."""
     from spryfl import pictures
     from spryfl import report as reports
 
-    compared = reports.write_tables(folder)
+    compared = reports.write_tables(folder, target)
     pictures.comparison(compared, to or folder / "compare.png")
     table(out, *reports.summary(compared.groups))
+    if compared.target:
+        out.print()
+        table(out, *reports.target_table(compared.groups, compared.target))
     said = [f"note    {line}" for line in reports.notes(compared)]
     places = [f"table   {folder / 'table.md'}", f"picture {to or folder / 'compare.png'}"]
     out.print("\n".join(said + places), soft_wrap=True)
