@@ -62,20 +62,8 @@ class Job(NamedTuple):
 def read(experiment: Experiment) -> data.Corpus:
     """The experiment's data."""
     d = experiment.data
-    return data.load(
-        d.name,
-        text=d.text,
-        pair=d.pair,
-        label=d.label,
-        group=d.group,
-        test=d.test,
-        test_share=d.test_share,
-        train_rows=d.train_rows,
-        test_rows=d.test_rows,
-        seed=experiment.seed,
-        revision=d.revision,
-        needs=tasks.build(experiment.task).needs,
-    )
+    options = d.model_dump(exclude={"name", "max_length"})
+    return data.load(d.name, **options, seed=experiment.seed, needs=tasks.build(experiment.task).needs)
 
 
 def deal(experiment: Experiment, corpus: data.Corpus) -> tuple[tuple[int, ...], ...]:

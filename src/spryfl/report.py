@@ -154,7 +154,7 @@ def reached(run: Run, target: float, key: str = "") -> Record | None:
 def to_target(groups: Groups, target: float) -> dict[str, dict[str, dict[str, Any]]]:
     """label -> metric or "personal" -> how many runs reached the target, and what it took those that did.
 
-    Counted at evaluations, so a run may have been there up to `eval_every` rounds before. the personal number is of
+    Counted at evaluations, so a run may have been there up to `eval_every` rounds before. The personal number is of
     the round's cohort after local training.
     """
     out: dict[str, dict[str, dict[str, Any]]] = {}

@@ -35,6 +35,7 @@ class DataSection(BaseModel):
     train_rows: int = Field(0, ge=0)  # 0 = all
     test_rows: int = Field(0, ge=0)
     max_length: int = Field(128, ge=4)  # tokens
+    drop_unlabelled: bool = False  # leave out rows whose label is -1
     revision: str = ""
 
 

@@ -50,15 +50,18 @@ def load(
     test_rows: int = 0,
     seed: int = 0,
     revision: str = "",
+    drop_unlabelled: bool = False,
     needs: Needs = CLASSES,
 ) -> Corpus:
     """The corpus of that name: "docstrings", a file, a folder with train and test files, or a name on the hub.
 
     `test` names another file, or a split of a folder or hub set. Rows are limited class by class; 0 is all of them.
+    With `drop_unlabelled` rows whose label is -1 are left out, as SNLI's that its annotators did not agree on.
     """
     asked = Columns(text, pair, label, group)
     if name == DOCSTRINGS:
-        _refuse(text=text, pair=pair, label=label, group=group, test=test, revision=revision)
+        dropped = "true" if drop_unlabelled else ""
+        _refuse(text=text, pair=pair, label=label, group=group, test=test, revision=revision, drop_unlabelled=dropped)
         _refuse_needs(needs)
         return _docstrings(train_rows, test_rows, seed)
     if sources.is_local(name):
@@ -67,7 +70,7 @@ def load(
         sides = sources.folder(path, test) if path.is_dir() else sources.files(path, test)
     else:
         sides = sources.hub(name, test, revision)
-    return _corpus(name, sides, asked, needs, test_share, (train_rows, test_rows), seed)
+    return _corpus(name, sides, asked, needs, test_share, (train_rows, test_rows), seed, drop_unlabelled)
 
 
 def from_datasets(
@@ -192,8 +195,13 @@ def _corpus(
     test_share: float,
     limits: tuple[int, int],
     seed: int,
+    drop: bool = False,
 ) -> Corpus:
     columns, notes = choose(sides["train"], asked, needs)
+    if drop and columns.label:
+        cut = {name: labelling.labelled(table, columns.label) for name, table in sides.items()}
+        sides, more = {name: table for name, (table, _) in cut.items()}, [note for _, note in cut.values() if note]
+        notes += more
     names = labelling.names(sides["train"], columns.label) if needs.label else (ALL,)
     train, more = _examples(sides["train"], columns, names)
     notes += more
