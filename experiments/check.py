@@ -5,7 +5,7 @@ Every table of README.md and of experiments/ says in a comment above it where it
     <!-- check: summary table.json -->      as `spryfl compare` writes it: all methods and columns
     <!-- check: target table.json -->       what it took to come to the target
     <!-- check: methods table.json ; method <- label ; accuracy <- mean±sd accuracy 4 ; each <- each accuracy 4 -->
-                                            a row a method; label, seeds, state, or mean, sd, mean±sd, each COLUMN DIGITS
+    <!-- check: methods table.json ; method <- label ; accuracy <- mean±sd accuracy 4 ; all <- each accuracy 4 -->
     <!-- check: rows results.json ; adapter <- name ; d <- values 0 -->
                                             a row an object of a JSON list (or of its "rows"); KEY, with DIGITS a number
     <!-- check: copy table.md 1 -->         the first table of a Markdown file that a command wrote
