@@ -307,3 +307,19 @@ def test_where_a_switch_cannot_be(changes, message):
 def test_rows_of_the_table_are_without_them():
     row = named("spry")
     assert (row.growth, row.shrink, row.warmup, row.server_schedule) == (1.0, False, 0.0, "constant")
+
+
+def test_over_flower_an_answer_may_be_as_long_as_its_directions_ask(tiny, reviews):
+    from spryfl.api import prepared
+    from spryfl.config import parse
+    from spryfl.engines import flower_check, flower_server
+
+    given = {"model": {"name": str(tiny)}, "data": {"name": str(reviews), "train_rows": 40, "test_rows": 20}}
+    method = {"name": "spry_per_iteration", "estimator": {"directions": 5}, "growth": 8.0}
+    made = prepared(parse({**given, "partition": {"clients": 3}, "method": method, "train": {"steps": 2}}))
+    expected = flower_server.expected(made)
+    plan, state = made.plan, train.start(made.plan, made.model.params)[0]
+    plain, grown = (server.begin(state, plan.units, [0], plan.method, 0, growth=g)[0] for g in (1.0, 8.0))
+    assert expected.seeded(plain)[0] == 5
+    assert expected.seeded(grown)[0] >= 40
+    assert flower_check.largest(grown, expected) - flower_check.largest(plain, expected) >= 2 * 2 * 35 * 12
