@@ -32,7 +32,6 @@ SOME = 1  # of pieces that are alike, those that are run
 REAL = 1 << 20  # bytes of whole numbers up to which they are computed really
 
 CPU, META = torch.device("cpu"), torch.device("meta")
-_DEVICE = torch.ops.prim.device.default
 _NUMBERS = torch.ops.aten._local_scalar_dense.default
 
 
@@ -52,14 +51,14 @@ class Phantom(Tensor):
 
     @staticmethod
     def __new__(cls, meta: Tensor) -> Phantom:
-        made = Tensor._make_subclass(cls, meta, dispatch_device=True, device_for_backend_keys=CPU)
+        known: Any = {"strides": meta.stride(), "storage_offset": meta.storage_offset(), "dtype": meta.dtype}
+        made: Phantom = Tensor._make_wrapper_subclass(cls, meta.shape, device=CPU, **known)
         made.meta = meta
         return made
 
-    @property
-    def device(self) -> torch.device:  # type: ignore[override]
-        """The CPU, for code that asks where a tensor lies."""
-        return CPU
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """That of `meta`, by which it is counted; the wrapper has none."""
+        return self.meta.untyped_storage()
 
     def tolist(self) -> Any:
         """Ones."""
@@ -90,8 +89,6 @@ class Phantoms(Storages):
         self.peaks.append((name, self.now))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is _DEVICE:  # PyTorch's own code asks, several times an operation
-            return CPU
         kwargs = kwargs or {}
         given = [*_tensors(args), *_tensors(kwargs.values())]
         if not given:
