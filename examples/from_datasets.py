@@ -24,7 +24,7 @@ def main(model: str, folder: str) -> None:
         reading={"text": "review", "label": "opinion", "group": "hospital", "max_length": 64},
         partition={"clients": 6, "split": {"kind": "natural"}},  # a hospital's rows are one client's
         method=spryfl.methods.fedavg(local_optimizer={"kind": "adamw", "lr": 2e-2}),
-        train={"rounds": 5, "cohort": 3, "epochs": 4},
+        train={"rounds": 6, "cohort": 4, "epochs": 6},
     )
     print(f"accuracy {history.records[-1]['accuracy']:.4f} on {len(data['test'])} rows")
 

@@ -35,7 +35,16 @@ _HOME = {
     "ClientClass": "methods",
     "export": "merging",
 }
-_MODULES = ("adapters", "assign", "estimators", "jvp", "methods", "noise", "optimizers", "plain", "tasks", "testing")
+# Modules whose names are public: the reference is made of them, and a test reads their docstrings.
+_MODULES = (
+    *("adapters", "aggregate", "assign", "estimators", "jvp", "merging", "methods", "noise", "optimizers", "packing"),
+    *("partition", "plain", "tasks", "testing", "types"),
+)
+
+
+def modules() -> tuple[str, ...]:
+    """Names of the public modules beside `spryfl` itself."""
+    return _MODULES
 
 
 def __getattr__(name: str) -> Any:

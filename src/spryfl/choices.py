@@ -143,7 +143,18 @@ class Built(NamedTuple):
 
 
 def builder(what: str, kind: str | Callable[..., Any]) -> Callable[..., Any]:
-    """The builder of a choice: the registry's, or the callable itself."""
+    """The builder of a choice: the registry's, or the callable itself.
+
+    Args:
+        what: a key of REGISTRIES: "estimator", "assignment" ...
+        kind: the name in that registry, or a builder of one's own.
+
+    Raises:
+        ValueError: the name is unknown; it lists those that are there.
+
+    >>> builder("aggregate", "mean").__name__
+    'mean'
+    """
     if callable(kind):
         return kind
     registry = REGISTRIES[what]
@@ -153,7 +164,14 @@ def builder(what: str, kind: str | Callable[..., Any]) -> Callable[..., Any]:
 
 
 def build(method: Method) -> Built:
-    """The functions that a method's choices name; a ValueError says which choice does not fit."""
+    """The functions that a method's choices name; a ValueError says which choice does not fit.
+
+    Args:
+        method: the record.
+
+    Raises:
+        ValueError: a choice is unknown, an option does not fit, or two choices cannot be together.
+    """
     _check(method)
     built = Built(
         estimator=_estimator(method.estimator, method.head),
@@ -352,7 +370,15 @@ def _of_pool(method: Method) -> list[str]:
 
 
 def check_cohort(method: Method, cohort: int) -> None:
-    """A ValueError if so few clients a round, all of them answering, are too few for the method's aggregate."""
+    """A ValueError if so few clients a round, all of them answering, are too few for the method's aggregate.
+
+    Args:
+        method: the record.
+        cohort: clients a round.
+
+    Raises:
+        ValueError: they are too few.
+    """
     robust = builder("aggregate", method.aggregate["kind"])(
         **{k: v for k, v in method.aggregate.items() if k != "kind"}
     )

@@ -91,6 +91,9 @@ def merged(model: Model) -> Any:
 
     Raises:
         ValueError: weights in the form of a library that cannot be decoded here (torchao's).
+
+    Args:
+        model: as `models.open_adapter` or a run leaves it, with the values to be merged in its module.
     """
     module: Any = model.module
     _decode(module)

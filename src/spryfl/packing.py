@@ -120,6 +120,7 @@ def random_store(
         auto: the class whose values are stored; AutoModel is the trunk, AutoModelForCausalLM brings the map to words.
         tokenizer: saved beside it, where one is given.
         seed: of the values.
+        progress: told (bytes written, bytes in all).
     """
     with torch.device("meta"):
         model = getattr(transformers, auto).from_config(config)

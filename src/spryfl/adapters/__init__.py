@@ -43,7 +43,16 @@ from spryfl.adapters.units import Adapted, adapted, foreign, head_modules
 
 
 def build(choice: Mapping[str, Any]) -> Adapter:
-    """The adapter that a choice names: {"kind": key or builder, option: value, ...}; a ValueError if no key is so."""
+    """The adapter that a choice names: {"kind": key or builder, option: value, ...}; a ValueError if no key is so.
+
+    Args:
+        choice: {"kind": a key of ADAPTERS or a builder, and its options by name}.
+
+    Raises:
+        ValueError: no key is so, or an option is out of its range.
+
+    >>> adapter = build({"kind": "lora", "r": 2})
+    """
     options = {key: value for key, value in choice.items() if key != "kind"}
     kind: Any = choice["kind"]
     if not callable(kind) and kind not in ADAPTERS:

@@ -33,6 +33,12 @@ TASKS: dict[str, Callable[..., Task]] = {
 def build(choice: Mapping[str, Any]) -> Task:
     """The task that a choice names: {"kind": key or builder, option: value, ...}.
 
+    Args:
+        choice: {"kind": a key of TASKS or a builder, and its options by name}.
+
+    Raises:
+        ValueError: no key is so, or an option is out of its range.
+
     >>> build({"kind": "classification"}).metric
     'accuracy'
     """
