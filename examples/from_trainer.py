@@ -11,13 +11,14 @@ import tempfile
 
 import datasets
 import numpy as np
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 import spryfl
 
 
 def main(name: str, file: str) -> None:
     # As for a Trainer.
+    set_seed(0)
     data = datasets.load_dataset("csv", data_files=file, split="train").train_test_split(0.25, seed=0)
     data = data.class_encode_column("label")
     tokenizer = AutoTokenizer.from_pretrained(name)
@@ -33,8 +34,8 @@ def main(name: str, file: str) -> None:
         tokenizer=tokenizer,
         method=spryfl.methods.fedavg(local_optimizer={"kind": "adamw", "lr": arguments.learning_rate}),
         adapter={"kind": "lora", "r": 4},
-        partition={"clients": 4},
-        train={"rounds": 6, "cohort": 4, "epochs": 4, "batch_size": arguments.per_device_train_batch_size},
+        partition={"clients": 4, "split": {"kind": "iid"}},
+        train={"rounds": 6, "cohort": 4, "epochs": 5, "batch_size": arguments.per_device_train_batch_size},
     )
     print(f"federated: accuracy {history.records[-1]['accuracy']:.4f} on the test rows")
 

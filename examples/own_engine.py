@@ -52,9 +52,9 @@ def main(model: str = "minilm", data: str = "docstrings") -> None:
     made, ends = api.prepared(config.parse({**small, **short})), []
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         for carry in (None, exchange_over(pool, made.experiment.toml())):
-            for record, state in job.run(made, *job.begin(made, None), carry):
-                print(f"round {record['round']}, {record['bytes_up']} bytes up")
-            ends.append(state.params)
+            rounds = list(job.run(made, *job.begin(made, None), carry))
+            print([f"round {record['round']}: {record['bytes_up']} bytes up" for record, _ in rounds])
+            ends.append(rounds[-1][1].params)
     print("the same bits:", all(torch.equal(value, ends[1][name]) for name, value in ends[0].items()))
 
 

@@ -11,7 +11,7 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 RECIPES = {"own_estimator.py": 59, "own_adapter.py": 59, "own_task.py": 59}  # run in test_recipes.py
-PATHS = {"from_trainer.py": 59, "from_datasets.py": 59, "plain_loop.py": 59}
+PATHS = {"from_trainer.py": 59, "from_datasets.py": 59, "plain_loop.py": 59, "own_engine.py": 62}
 LINES = {"own_model.py": 59, "jvp_alone.py": 24, **PATHS, **RECIPES}
 
 
@@ -64,3 +64,10 @@ def test_estimators_in_a_plain_loop():
     losses = [float(one) for one in re.findall(r"loss ([0-9.]+)", done.stdout)]
     assert len(losses) == 3
     assert max(losses) - min(losses) < 0.1  # the same model and data, so nearly the same loss after one step
+
+
+@pytest.mark.slow
+def test_an_engine_of_ones_own(tiny, reviews):
+    done = run("own_engine.py", tiny, reviews)
+    assert done.returncode == 0, done.stderr
+    assert "the same bits: True" in done.stdout
