@@ -2,10 +2,10 @@
 
     python benchmarks/alignment.py            writes docs/pictures/alignment.svg and benchmarks/alignment_2026-11.json
 
-MiniLM with adapters of three sizes d, the head left out; the quickstart's texts, 4 rows of at most 32 tokens a client. The truth is the
-gradient of the mean loss over the M clients' batches, by backprop. Estimates are `spryfl.estimators.forward`'s, one a
-client with a seed of its own, and their mean. Once all clients hold the same batch, which is the law's case, and once
-each holds its own. Cost: minutes on one core.
+MiniLM with adapters of three sizes d, the head left out; the quickstart's texts, 4 rows of at most 32 tokens a client.
+The truth is the gradient of the mean loss over the M clients' batches, by backprop. Estimates are those of
+`spryfl.estimators.forward`, one a client with a seed of its own, and their mean. Once all clients hold the same batch,
+which is the law's case, and once each holds its own. Cost: minutes on one core.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def picture(rows: list[dict], to: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(6.6, 4.2), layout="constrained")
     law = [row["M"] * row["K"] / (row["d"] + row["M"] * row["K"]) for row in rows]
     for own, mark, label in ((False, "o", "all clients hold one batch"), (True, "x", "each holds its own")):
-        chosen = [(x, row["cos2"]) for x, row in zip(law, rows, strict=True) if row["own"] is own]
+        chosen = [(x, row["cos2"]) for x, row in zip(law, rows, strict=True) if row["own"] is own and row["M"] > own]
         axes.plot(*zip(*chosen, strict=True), mark, label=label, markersize=6)
     ends = [min(law) / 2, max(law) * 2]
     axes.plot(ends, ends, "-", color="0.5", linewidth=1, label="the law")
@@ -90,7 +90,8 @@ def main() -> None:
     corpus = data.load("docstrings", train_rows=1000, test_rows=100, seed=0)
     rows = [{"adapter": name, **row} for name, choice in ADAPTERS.items() for row in measured(choice, corpus)]
     (ROOT / "benchmarks" / "alignment_2026-11.json").write_text(
-        json.dumps({"spryfl": spryfl.__version__, "torch": torch.__version__, "seeds": SEEDS, "rows": rows}, indent=1) + "\n"
+        json.dumps({"spryfl": spryfl.__version__, "torch": torch.__version__, "seeds": SEEDS, "rows": rows}, indent=1)
+        + "\n"
     )
     picture(rows, ROOT / "docs" / "pictures" / "alignment.svg")
 

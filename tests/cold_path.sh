@@ -17,9 +17,11 @@ say clone
 git clone --quiet "file://$repository" spryfl
 cd spryfl
 if [ $# -gt 1 ]; then
-    mkdir -p .venv
-    ln -s "$2" .venv/bin
-    touch -d '1 hour' .venv/.quickstart 2>/dev/null || touch -A 010000 .venv/.quickstart  # newer than pyproject.toml
+    mkdir -p .venv/bin  # python and spryfl of the environment at hand, this clone's sources
+    printf '#!/bin/sh\nexec "%s/python" "$@"\n' "$2" > .venv/bin/python
+    printf '#!/bin/sh\nexec "%s/python" -m spryfl.cli "$@"\n' "$2" > .venv/bin/spryfl
+    chmod +x .venv/bin/python .venv/bin/spryfl
+    touch .venv/.quickstart  # the stamp of an installation
     export PYTHONPATH="$PWD/src"
 fi
 
@@ -27,7 +29,7 @@ say quickstart
 make --no-print-directory quickstart OUT=runs/quickstart \
     QUICKSTART_ARGS="--rounds 2 --threads 1 --set train.eval_every=1 --set data.train_rows=200 --set data.test_rows=50 --clients 10 --cohort 2"
 bin="$PWD/.venv/bin"
-spryfl() { "$bin/python" -m spryfl.cli "$@"; }
+export PATH="$bin:$PATH"
 short=(--rounds 2 --threads 1 --set train.steps=2)
 
 say open the report
