@@ -23,7 +23,16 @@ import spryfl
 
 ROOT = Path(__file__).parents[1]
 PAGES, SITE = ROOT / "build" / "pages", ROOT / "build" / "site"
-WANTED = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "docs", "experiments", "benchmarks", "examples")
+WANTED = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "SECURITY.md",
+    "docs",
+    "experiments",
+    "benchmarks",
+    "examples",
+)
 KINDS = {".md", ".png", ".svg", ".py", ".toml", ".sh", ".json"}
 OWN = {Path(__file__), Path(__file__).with_name("docstrings.py")}
 LINK = re.compile(r"(\]\()([^)\s#:]+)((?:#[^)\s]*)?\))")
@@ -127,7 +136,7 @@ class Page(HTMLParser):
 
 
 def faults() -> list[str]:
-    """What is wrong with the built site: broken links, anything fetched from elsewhere, public names that are missing."""
+    """What is wrong with the built site: broken links, things fetched from elsewhere, missing public names."""
     pages = {path: Page(path.read_text(encoding="utf-8")) for path in SITE.rglob("*.html")}
     found = []
     for path, page in pages.items():

@@ -22,7 +22,9 @@ class Shown(griffe.Extension):
 def shown(text: str) -> str:
     """A docstring with its examples in fences and its arguments one by one."""
     text = _TOGETHER.sub(lambda m: "\n".join(f"{m[1]}{name}: {m[3]}" for name in m[2].split(", ")), text)
-    text = _PLAIN.sub(lambda m: m[0] if ">>> " in m[1] else f"Example:\n    ```python\n{m[1].rstrip()}\n    ```\n\n", text)
+    text = _PLAIN.sub(
+        lambda m: m[0] if ">>> " in m[1] else f"Example:\n    ```python\n{m[1].rstrip()}\n    ```\n\n", text
+    )
     out: list[str] = []
     inside = ""
     for line in text.split("\n"):

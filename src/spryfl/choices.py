@@ -143,17 +143,11 @@ class Built(NamedTuple):
 
 
 def builder(what: str, kind: str | Callable[..., Any]) -> Callable[..., Any]:
-    """The builder of a choice: the registry's, or the callable itself.
+    """The builder of a choice: the registry's, or the callable itself; a ValueError if there is no such name.
 
     Args:
         what: a key of REGISTRIES: "estimator", "assignment" ...
-        kind: the name in that registry, or a builder of one's own.
-
-    Raises:
-        ValueError: the name is unknown; it lists those that are there.
-
-    >>> builder("aggregate", "mean").__name__
-    'mean'
+        kind: a name in that registry, or a builder of one's own.
     """
     if callable(kind):
         return kind
@@ -168,9 +162,6 @@ def build(method: Method) -> Built:
 
     Args:
         method: the record.
-
-    Raises:
-        ValueError: a choice is unknown, an option does not fit, or two choices cannot be together.
     """
     _check(method)
     built = Built(
@@ -375,9 +366,6 @@ def check_cohort(method: Method, cohort: int) -> None:
     Args:
         method: the record.
         cohort: clients a round.
-
-    Raises:
-        ValueError: they are too few.
     """
     robust = builder("aggregate", method.aggregate["kind"])(
         **{k: v for k, v in method.aggregate.items() if k != "kind"}
