@@ -39,7 +39,7 @@ def exchange_over(pool, toml: str) -> train.Exchange:
             try:
                 came.append(one.get(timeout=600))
             except Exception as error:  # a client that fails is absent, and the reason is kept
-                failed[who] = f"{type(error).__name__}: {error}"
+                failed[who] = repr(error)
         updates = [cast(Update, wire.decode(text)) for text in came]
         return train.Answers(updates, failed, sum(map(len, sent.values())), sum(map(len, came)))
 

@@ -18,7 +18,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # From the bottom to the top. A file imports from lower ranks alone; what stands in one group may import each other.
 RANKS: list[list[str]] = [
     ["types"],
-    ["tree", "noise", "wire", "jvp", "hub"],
+    ["tree", "noise", "wire", "jvp", "hub", "registry"],
     ["data"],
     ["estimators", "assign", "optimizers", "aggregate", "privacy", "partition", "adapters", "tasks", "backbone"],
     ["classes", "seeds"],

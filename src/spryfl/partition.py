@@ -22,6 +22,8 @@ from math import exp, isfinite, log
 from random import Random
 from typing import Any, NamedTuple
 
+from spryfl import registry
+
 Parts = tuple[tuple[int, ...], ...]  # rows by client, each ascending
 Partition = Callable[[Sequence[int], Sequence[str] | None, int, int], Parts]  # (labels, groups, clients, seed)
 
@@ -116,9 +118,7 @@ def build(choice: Mapping[str, Any]) -> Partition:
     >>> build({"kind": "iid"})([0, 1, 0, 1], None, 2, 0)
     ((...), (...))
     """
-    options = {key: value for key, value in choice.items() if key != "kind"}
-    kind: Any = choice["kind"]
-    return (kind if callable(kind) else PARTITIONS[kind])(**options)
+    return registry.made("partition", PARTITIONS, choice)
 
 
 def hold_out(indices: Sequence[int], share: float, seed: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from spryfl import registry
 from spryfl.adapters.families import (
     ADAPTERS,
     Adapter,
@@ -53,11 +54,7 @@ def build(choice: Mapping[str, Any]) -> Adapter:
 
     >>> adapter = build({"kind": "lora", "r": 2})
     """
-    options = {key: value for key, value in choice.items() if key != "kind"}
-    kind: Any = choice["kind"]
-    if not callable(kind) and kind not in ADAPTERS:
-        raise ValueError(f'adapter = "{kind}" is unknown. Possible: {", ".join(ADAPTERS)}, or a builder of yours.')
-    return (kind if callable(kind) else ADAPTERS[kind])(**options)
+    return registry.made("adapter", ADAPTERS, choice)
 
 
 __all__ = [
