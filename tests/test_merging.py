@@ -14,6 +14,7 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
+    BertModel,
     BitsAndBytesConfig,
     GPT2Config,
     GPT2LMHeadModel,
@@ -212,3 +213,24 @@ def test_the_finished_model_trains_on(tiny, reviews, tmp_path):
     train, clients = {"rounds": 1, "cohort": 2}, {"clients": 2}
     history = spryfl.finetune(str(tmp_path / "merged"), str(reviews), reading=small, train=train, partition=clients)
     assert history.records[-1]["round"] == 1
+
+
+def test_what_the_base_models_files_lack_is_drawn_again(tiny, reviews, tmp_path):
+    """A pooler that was not saved is frozen at random; opened again, exported or trained on, it is the same one."""
+    BertModel.from_pretrained(tiny, add_pooling_layer=False).save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "base")
+    settings = {"reading": {"train_rows": 40, "test_rows": 20}, "partition": {"clients": 4}, "method": "fedavg"}
+    settings["train"] = {"rounds": 1, "cohort": 2}
+    first = spryfl.finetune(str(tmp_path / "base"), str(reviews), folder=tmp_path / "one", seed=5, **settings)
+    start = {"name": str(tmp_path / "base"), "adapter": str(tmp_path / "one" / "adapter")}
+    second = spryfl.finetune(start, str(reviews), folder=tmp_path / "two", seed=6, **settings)
+    merging.export(tmp_path / "two" / "adapter", tmp_path / "merged")
+    name = "bert.pooler.dense.weight"
+    truth = first.model.module.get_base_model().get_parameter(name)
+    assert not torch.equal(truth, AutoModelForSequenceClassification.from_pretrained(tiny).get_parameter(name))
+    for adapter in (tmp_path / "one" / "adapter", tmp_path / "two" / "adapter"):
+        assert torch.equal(models.open_adapter(adapter).module.get_base_model().get_parameter(name), truth)
+    assert torch.equal(second.model.module.get_base_model().get_parameter(name), truth)
+    assert torch.equal(
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").get_parameter(name), truth
+    )
