@@ -44,3 +44,6 @@ def test_a_short_run_of_the_main_job(tmp_path):
     told = spry("predict", "runs/smoke", "Return the sum of two arrays along an axis.", cwd=tmp_path)
     assert told.returncode == 0, told.stderr
     assert "=" in told.stdout
+    made = spry("export", "runs/smoke", "merged", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert (tmp_path / "merged" / "model.safetensors").is_file()

@@ -18,15 +18,15 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # From the bottom to the top. A file imports from lower ranks alone; what stands in one group may import each other.
 RANKS: list[list[str]] = [
     ["types"],
-    ["tree", "noise", "wire", "jvp", "hub"],
+    ["tree", "noise", "wire", "jvp", "hub", "registry"],
     ["data"],
     ["estimators", "assign", "optimizers", "aggregate", "privacy", "partition", "adapters", "tasks", "backbone"],
     ["classes", "seeds", "rules"],
     ["hooks", "choices", "trace", "options", "provenance", "firstbatch"],
     ["layout", "ledger", "methods", "sections"],
-    ["loss", "costs", "opened", "named"],
+    ["loss", "costs", "opened", "named", "plain"],
     ["models", "config", "journal"],
-    ["client", "server", "packing"],
+    ["client", "server", "packing", "merging"],
     ["footprint", "figures"],
     ["train", "plan"],
     ["sizing"],

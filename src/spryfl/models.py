@@ -335,13 +335,18 @@ def read_card(folder: Path) -> dict[str, Any]:
         ) from None
 
 
+def drawn(folder: Path, seed: int = 0) -> int:
+    """The seed that drew what the base model's files lack and training leaves as it is: a pooler that was not saved."""
+    return read_card(folder).get("seed", seed) if (folder / CARD).is_file() else seed
+
+
 def open_adapter(folder: Path, trust_remote_code: bool = False, device: str = "cpu", task: Task | None = None) -> Model:
     """The model that a saved adapter belongs to, with the adapter on it; a task of one's own is given again."""
     card = read_card(folder)
     labels = tuple(card["labels"])
     task = task or tasks.build(card.get("task", {"kind": "classification"}))
     own: dict[str, Any] = {"revision": card["revision"], "trust_remote_code": trust_remote_code, "task": task}
-    base, tokenizer = load(card["model"], labels, stream=card.get("stream", False), **own)
+    base, tokenizer = load(card["model"], labels, stream=card.get("stream", False), seed=drawn(folder), **own)
     _, source = resolve(card["model"])
     return prepare(base, tokenizer, labels, str(folder), source=source, device=device, task=task)
 
