@@ -30,6 +30,19 @@ class Run(NamedTuple):
     records: list[Record]
 
 
+class Foretold(NamedTuple):
+    """What a step was predicted to hold."""
+
+    parts: Mapping[str, Mapping[str, int]]  # bytes by part, by class of clients; "" where there are no classes
+    why: str  # there is no prediction
+
+
+def plainly(text: str, most: int = 240) -> str:
+    """One line of a message that may be long."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 1] + "…"
+
+
 Groups = Mapping[str, Sequence[Run]]  # runs that differ in seed, by what they have in common
 
 
