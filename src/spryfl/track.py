@@ -31,7 +31,8 @@ class Events:
             raise ValueError(
                 "events for TensorBoard need its library, which is not installed. pip install 'spryfl[track]'"
             ) from None
-        self._make, self._folder, self._writer, self._off = Writer, folder / FOLDER, None, False
+        self._make, self._folder, self._off = Writer, folder / FOLDER, False
+        self._writer: Any = None
 
     def __enter__(self) -> Self:
         return self

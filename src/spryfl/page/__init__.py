@@ -96,8 +96,8 @@ def render(shown: Shown, live: Mapping[str, Any] | None = None) -> str:
         progress=[_progress(run) for run in runs] if live else [],
         notes=[*shown.notes, *(said for run in runs if (said := lines.broken(run)))],
         differing=parts.differing(shown.groups),
-        results=parts.Table(*(report.summary(shown.groups) if seeds else report.rows(runs))),
-        each=parts.Table(*report.rows(runs)) if seeds else None,
+        results=parts.dense(parts.Table(*(report.summary(shown.groups) if seeds else report.rows(runs)))),
+        each=parts.dense(parts.Table(*report.rows(runs))) if seeds else None,
         head=_head(runs) if len(runs) == 1 else [],
         charts=charts,
         diagnostics=inner,
@@ -106,6 +106,7 @@ def render(shown: Shown, live: Mapping[str, Any] | None = None) -> str:
         every=lines.every(shown.groups),
         seeds=seeds,
         memory=parts.memory(bars),
+        kinds=[kind for kind in (*parts.STEP, "measured") if _drawn(kind, bars)],
         unforetold=parts.unforetold(shown.groups, shown.foretold),
         traffic=parts.traffic(shown.groups),
         dealt=pictures,
@@ -123,6 +124,10 @@ def render(shown: Shown, live: Mapping[str, Any] | None = None) -> str:
         },
         live=live,
     )
+
+
+def _drawn(kind: str, rows: Sequence[parts.Held]) -> bool:
+    return any(row.measured if kind == "measured" else row.parts.get(kind) for row in rows)
 
 
 def _look(index: int) -> dict[str, Any]:

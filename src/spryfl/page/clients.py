@@ -61,7 +61,7 @@ def _dealt(key: tuple[Any, ...], names: Sequence[str]) -> Dealt:
     kept = sorted(order)
     clients = min(len(counts), max(1, MOST // len(kept)))
     shown = [[one[i] for i in kept] for one in counts[:clients]]
-    cell = max(9, min(24, 960 // clients))
+    cell = max(9, min(24, 760 // clients))
     names_ = [labels[i] for i in kept]
     sizes = sorted(sum(one) for one in counts)
     rows = [(str(i), *(f"{n:,}" for n in one), f"{sum(counts[i]):,}") for i, one in enumerate(shown)]

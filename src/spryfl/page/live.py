@@ -147,7 +147,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self.live.delivered(text)
 
     def _own(self) -> list[str]:
-        port = int(self.server.server_address[1])  # type: ignore[arg-type,index]
+        port = int(self.server.server_address[1])  # type: ignore[index]
         return [f"{HOST}:{port}", f"localhost:{port}"]
 
     def _answer(self, status: HTTPStatus, text: str, version: str = "") -> None:

@@ -14,6 +14,7 @@ from spryfl.report import Foretold, Groups, Record, Run, differences, flat, peak
 
 STEP = ("activations", "tangents", "gradients", "prefix")  # of a prediction: what the step holds above the model
 HELD = ("process", "backbone", "adapters", "buffers")  # and what is there before it
+FEW = 6  # settings that only some runs have, shown among the others
 
 
 class Table(NamedTuple):
@@ -31,13 +32,21 @@ class Bar(NamedTuple):
     words: str
 
 
-def differing(groups: Groups) -> Table:
-    """Settings in which the runs differ; of runs that differ in seed alone the first stands for all."""
+def differing(groups: Groups) -> tuple[Table, Table]:
+    """Settings in which the runs differ: those that all have, and those that only some have, where these are many.
+
+    Of runs that differ in seed alone the first stands for all.
+    """
     firsts = [own[0]._replace(name=label) for label, own in groups.items() if own]
     seeds = any(len(own) > 1 for own in groups.values())
     found = [row for row in differences(firsts) if not (seeds and row[0] == "seed")]
-    said = [("seed", *(_seeds(own) for own in groups.values() if own))] if seeds else []
-    return Table(("setting", *(run.name for run in firsts)), [*said, *found])
+    drawn = [_seeds(own) for own in groups.values() if own]
+    said = [("seed", *drawn)] if seeds and len(set(drawn)) > 1 else []
+    head = ("setting", *(run.name for run in firsts))
+    some = [row for row in found if "-" in row]
+    if len(some) <= FEW:
+        return Table(head, [*said, *found]), Table(head, [])
+    return Table(head, [*said, *(row for row in found if row not in some)]), Table(head, some)
 
 
 def _seeds(runs: Sequence[Run]) -> str:
@@ -46,8 +55,8 @@ def _seeds(runs: Sequence[Run]) -> str:
 
 def mb(value: float | None) -> str:
     """Bytes as MB with digits that fit their size."""
-    if value is None:
-        return "-"
+    if not value:
+        return "-" if value is None else "0"
     number = value / 1e6
     return f"{number:,.0f}" if number >= 1000 else f"{number:.1f}" if number >= 10 else f"{number:.2f}"
 
@@ -94,11 +103,11 @@ def memory(rows: Sequence[Held]) -> tuple[list[Bar], Table]:
         if row.measured:
             wide = ("measured", 100 * row.measured / most, f"measured {mb(row.measured)} MB")
             bars.append(Bar("" if row.parts else row.label, [wide], f"{mb(row.measured)} measured"))
-    head = ("MB", *HELD, *STEP, "step, foretold", "step, measured", "foretold / measured")
-    return bars, _without_empty(Table(head, [_memory_row(row) for row in rows]))
+    head = ("MB", "foretold", "measured", "ratio", *STEP, *HELD)
+    return bars, dense(Table(head, [_memory_row(row) for row in rows]))
 
 
-def _without_empty(table: Table) -> Table:
+def dense(table: Table) -> Table:
     """A table without the columns that say nothing in any row."""
     kept = [i for i in range(len(table.head)) if not i or any(row[i] != "-" for row in table.rows)]
     return Table([table.head[i] for i in kept], [[row[i] for i in kept] for row in table.rows])
@@ -108,7 +117,7 @@ def _memory_row(row: Held) -> tuple[str, ...]:
     cells = [mb(row.parts.get(part)) for part in (*HELD, *STEP)]
     step, measured = (mb(row.step) if row.parts else "-"), (mb(row.measured) if row.measured else "-")
     both = f"{row.step / row.measured:.2f}" if row.parts and row.measured else "-"
-    return row.label, *cells, step, measured, both
+    return row.label, step, measured, both, *cells
 
 
 def unforetold(groups: Groups, foretold: Mapping[str, Foretold]) -> list[str]:
@@ -131,7 +140,7 @@ def traffic(groups: Groups) -> tuple[list[Bar], Table]:
         more = f"{100 * (sum(_mean(counted)) / (down + up) - 1):+.1f} %" if counted and down + up else "-"
         rows.append((label, mb(down), mb(up), mb(down + up), *(mb(one) for one in flower), more))
     head = ("MB", "down", "up", "together", "Flower, down", "Flower, up", "Flower above ours")
-    return bars, _without_empty(Table(head, rows))
+    return bars, dense(Table(head, rows))
 
 
 def _mean(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
@@ -200,7 +209,7 @@ def _scalars(groups: Groups) -> Table:
         for label, records in told.items()
         if any(record.get("scalars") for record in records)
     ]
-    return Table(("", "drawn", "refused", "clipped"), rows)
+    return Table(("run", "drawn", "refused", "clipped"), rows)
 
 
 def _classes(runs: Sequence[Run]) -> Table:

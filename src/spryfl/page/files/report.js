@@ -76,6 +76,17 @@ function drawMarks(u, lines, places) {
   });
 }
 
+// Places of a logarithmic scale: powers of ten, with 2 and 5 between them where there are few.
+function powers(u, at, low, high) {
+  const out = [], few = Math.log10(high / low) < 3;
+  for (let ten = 10 ** Math.floor(Math.log10(low)); ten <= high * 1.0001; ten *= 10)
+    for (const times of few ? [1, 2, 5] : [1]) {
+      const place = Number((times * ten).toPrecision(2));
+      if (place >= low * .9999 && place <= high * 1.0001) out.push(place);
+    }
+  return out;
+}
+
 // ---- charts
 
 function nearest(u, series, index) {
@@ -125,15 +136,14 @@ function draw(element) {
   const options = {
     width: element.clientWidth, height: element.clientHeight, series, bands, legend: { show: false },
     padding: [10, 12, 0, 0],
-    scales: { x: { time: false, distr: wide ? 3 : 1, range: wide ? undefined : (u, low, high) => [Math.min(low, 0), high > low ? high : low + 1] }, y: { distr: steep ? 3 : 1 } },
+    scales: { x: { time: false, distr: wide ? 3 : 1, range: (u, low, high) => wide ? [low, high] : [Math.min(low, 0), high > low ? high : low + 1] }, y: { distr: steep ? 3 : 1 } },
     axes: [
-      { ...scale, label: xName, labelSize: 20, size: 26, gap: 6, space: 60, values, grid: { show: false }, border: { show: true, stroke: soft, width: 1 } },
-      { ...scale, size: 52, gap: 6, space: 40, values },
+      { ...scale, label: xName, ...(wide ? { splits: powers } : {}), labelSize: 20, size: 26, gap: 6, space: 60, values, grid: { show: false }, border: { show: true, stroke: soft, width: 1 } },
+      { ...scale, ...(steep ? { splits: powers } : {}), size: 52, gap: 6, space: 40, values },
     ],
     cursor: { dataIdx: nearest, drag: { setScale: false, x: false, y: false }, points: { size: 9, width: 2, fill: () => colour("paper") }, y: false },
     hooks: { draw: [u => drawMarks(u, lines, places)], setCursor: [u => point(element, u, tip, lines, places)] },
   };
-  if (!wide) delete options.scales.x.distr;
   const u = new uPlot(options, uPlot.join(tables), element);
   $$(".uplot", element).forEach(one => one.setAttribute("aria-hidden", "true"));
   element.append(tip);
@@ -144,9 +154,11 @@ function draw(element) {
   element.setAttribute("aria-valuetext", sentence(u, lines, places, plots.get(element).at));
 }
 
+// What the lines are at a place, or near it: within NEAR pixels.
+const NEAR = 48;
 const readings = (u, lines, places, index) => lines.map((line, i) => {
-  const at = nearest(u, places[i], index);
-  return at === null ? null : { line, x: u.data[0][at], y: u.data[places[i]][at], low: line.low && u.data[places[i] + 1][at], high: line.low && u.data[places[i] + 2][at] };
+  const at = nearest(u, places[i], index), to = at === null ? null : u.valToPos(u.data[0][at], "x");
+  return at === null || Math.abs(to - u.valToPos(u.data[0][index], "x")) > NEAR ? null : { line, x: u.data[0][at], y: u.data[places[i]][at], low: line.low && u.data[places[i] + 1][at], high: line.low && u.data[places[i] + 2][at] };
 }).filter(Boolean);
 
 function sentence(u, lines, places, index) {
@@ -174,7 +186,7 @@ function point(element, u, tip, lines, places) {
     const row = make("div");
     if (data.lines.length > 1) row.append(swatch(one.line), make("span", one.line.label));
     row.append(make("b", said(one.y)));
-    if (one.low !== undefined) row.append(make("i", `${said(one.low)}–${said(one.high)}`));
+    if (one.low !== undefined && lines.length <= 4) row.append(make("i", `${said(one.low)}–${said(one.high)}`));
     if (one.x !== x) row.append(make("i", `at ${said(one.x)}`));
     tip.append(row);
   }
