@@ -149,15 +149,13 @@ def _state(runs: Sequence[Run]) -> str:
 
 def _facts(runs: Sequence[Run]) -> list[str]:
     """What all runs have in common, for the page's head."""
-    of = {
-        "model": [run.config.get("model", {}).get("name") for run in runs],
-        "data": [run.facts.get("data", {}).get("source") for run in runs],
-        "clients": [run.config.get("partition", {}).get("clients") for run in runs],
-        "a round": [run.config.get("train", {}).get("cohort") for run in runs],
-    }
-    same = {key: str(values[0]) for key, values in of.items() if values and len(set(map(str, values))) == 1}
-    made = [f"{same[key]}" for key in ("model", "data") if same.get(key)]
-    made += [f"{same['clients']} clients"] * ("clients" in same) + [f"{same['a round']} a round"] * ("a round" in same)
+    each = [
+        ("{}", [run.config.get("model", {}).get("name") for run in runs]),
+        ("{}", [run.facts.get("data", {}).get("source") for run in runs]),
+        ("{} clients", [run.config.get("partition", {}).get("clients") for run in runs]),
+        ("{} a round", [run.config.get("train", {}).get("cohort") for run in runs]),
+    ]
+    made = [words.format(own[0]) for words, own in each if own and own[0] is not None and own.count(own[0]) == len(own)]
     begun = min((str(run.facts.get("started", "")) for run in runs), default="")
     return [*made, begun[:16].replace("T", " ") + " UTC"] if begun else made
 

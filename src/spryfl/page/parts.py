@@ -114,7 +114,7 @@ def dense(table: Table) -> Table:
 
 
 def _memory_row(row: Held) -> tuple[str, ...]:
-    cells = [mb(row.parts.get(part)) for part in (*HELD, *STEP)]
+    cells = [mb(row.parts.get(part)) for part in (*STEP, *HELD)]
     step, measured = (mb(row.step) if row.parts else "-"), (mb(row.measured) if row.measured else "-")
     both = f"{row.step / row.measured:.2f}" if row.parts and row.measured else "-"
     return row.label, step, measured, both, *cells

@@ -26,6 +26,7 @@ function said(value) {
   if (size >= 0.1) return value.toFixed(size >= 100 ? 1 : size >= 10 ? 2 : 4);
   return Number(value.toPrecision(3)).toString();
 }
+const place = x => Math.abs(x) >= 1000 ? whole.format(x) : String(Number(x.toPrecision(4)));  // on an axis
 const tick = value => value === null ? "" : Math.abs(value) >= 10000 ? compact.format(value) : String(Number(value.toPrecision(4)));
 
 // A line of a chart along the chosen axis: x rises, no gaps; low and high where it is a mean over seeds.
@@ -81,8 +82,8 @@ function powers(u, at, low, high) {
   const out = [], few = Math.log10(high / low) < 3;
   for (let ten = 10 ** Math.floor(Math.log10(low)); ten <= high * 1.0001; ten *= 10)
     for (const times of few ? [1, 2, 5] : [1]) {
-      const place = Number((times * ten).toPrecision(2));
-      if (place >= low * .9999 && place <= high * 1.0001) out.push(place);
+      const found = Number((times * ten).toPrecision(2));
+      if (found >= low * .9999 && found <= high * 1.0001) out.push(found);
     }
   return out;
 }
@@ -142,7 +143,7 @@ function draw(element) {
       { ...scale, ...(steep ? { splits: powers } : {}), size: 52, gap: 6, space: 40, values },
     ],
     cursor: { dataIdx: nearest, drag: { setScale: false, x: false, y: false }, points: { size: 9, width: 2, fill: () => colour("paper") }, y: false },
-    hooks: { draw: [u => drawMarks(u, lines, places)], setCursor: [u => point(element, u, tip, lines, places)] },
+    hooks: { ready: [u => element.setAttribute("aria-valuetext", sentence(u, lines, places, plots.get(element).at))], draw: [u => drawMarks(u, lines, places)], setCursor: [u => point(element, u, tip, lines, places)] },
   };
   const u = new uPlot(options, uPlot.join(tables), element);
   $$(".uplot", element).forEach(one => one.setAttribute("aria-hidden", "true"));
@@ -151,7 +152,6 @@ function draw(element) {
   element.setAttribute("aria-valuemax", last);
   element.setAttribute("aria-valuenow", Math.min(old ? old.at : last, last));
   plots.set(element, { u, at: Math.min(old ? old.at : last, last) });
-  element.setAttribute("aria-valuetext", sentence(u, lines, places, plots.get(element).at));
 }
 
 // What the lines are at a place, or near it: within NEAR pixels.
@@ -163,8 +163,8 @@ const readings = (u, lines, places, index) => lines.map((line, i) => {
 
 function sentence(u, lines, places, index) {
   const x = u.data[0][index];
-  const each = readings(u, lines, places, index).map(one => `${one.line.label} ${said(one.y)}` + (one.x === x ? "" : ` at ${said(one.x)}`));
-  return `${data.axes[axis]} ${said(x)}: ${each.join(", ")}`;
+  const each = readings(u, lines, places, index).map(one => `${one.line.label} ${said(one.y)}` + (one.x === x ? "" : ` at ${place(one.x)}`));
+  return `${data.axes[axis]} ${place(x)}: ${each.join(", ")}`;
 }
 
 function swatch(line) {
@@ -181,13 +181,13 @@ function point(element, u, tip, lines, places) {
   element.setAttribute("aria-valuenow", index);
   element.setAttribute("aria-valuetext", sentence(u, lines, places, index));
   const x = u.data[0][index];
-  tip.replaceChildren(make("p", `${data.axes[axis].toLowerCase()} ${said(x)}`));
+  tip.replaceChildren(make("p", `${data.axes[axis].toLowerCase()} ${place(x)}`));
   for (const one of readings(u, lines, places, index).sort((a, b) => b.y - a.y).slice(0, 14)) {
     const row = make("div");
     if (data.lines.length > 1) row.append(swatch(one.line), make("span", one.line.label));
     row.append(make("b", said(one.y)));
     if (one.low !== undefined && lines.length <= 4) row.append(make("i", `${said(one.low)}–${said(one.high)}`));
-    if (one.x !== x) row.append(make("i", `at ${said(one.x)}`));
+    if (one.x !== x) row.append(make("i", `at ${place(one.x)}`));
     tip.append(row);
   }
   const left = u.cursor.left + u.bbox.left / devicePixelRatio, room = element.clientWidth - tip.offsetWidth;
@@ -208,8 +208,8 @@ function step(event) {
 }
 
 function numbers(details) {
-  const place = $(".scroll", details), id = details.closest("figure").dataset.chart, lines = linesOf(id);
-  if (!details.open) return place.replaceChildren();
+  const box = $(".scroll", details), id = details.closest("figure").dataset.chart, lines = linesOf(id);
+  if (!details.open) return box.replaceChildren();
   const rows = new Map();
   lines.forEach((line, i) => line.x.forEach((x, k) => {
     if (!rows.has(x)) rows.set(x, lines.map(() => "–"));
@@ -219,9 +219,9 @@ function numbers(details) {
   head.append(...[data.axes[axis], ...lines.map(line => line.label)].map(text => make("th", text, { scope: "col" })));
   for (const x of [...rows.keys()].sort((a, b) => a - b)) {
     const row = body.insertRow();
-    row.append(make("th", said(x), { scope: "row" }), ...rows.get(x).map(text => make("td", text)));
+    row.append(make("th", place(x), { scope: "row" }), ...rows.get(x).map(text => make("td", text)));
   }
-  place.replaceChildren(table);
+  box.replaceChildren(table);
 }
 
 function drawAll() {
