@@ -1,4 +1,4 @@
-"""The live page: served to this machine alone, drawn anew as records come, gone when the run is; and TensorBoard's events."""
+"""The live page, for this machine alone, drawn anew as records come, gone with the run; and TensorBoard's events."""
 
 from __future__ import annotations
 

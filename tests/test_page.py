@@ -226,6 +226,14 @@ class TestWhatIsThere:
         ]
         assert "2 of 6 answers came." in " ".join(made.text)
 
+    def test_the_clients_that_failed_most_are_listed(self, tmp_path):
+        often = [{str(i): "lost" for i in range(100)}, {"70": "lost"}, {"70": "lost", "9": "lost"}]
+        made = read(write(tmp_path / "a", [record(i + 1, accuracy=0.5, failed=one) for i, one in enumerate(often)]))
+        table = made.table("run", "client")
+        assert [row[1:3] for row in table[1:4]] == [["70", "3"], ["9", "2"], ["0", "1"]]
+        assert len(table) == 1 + parts.LISTED
+        assert "40 more failed" in " ".join(made.text)
+
     def test_classes_and_clients(self, tmp_path):
         made = read(write(tmp_path / "a", rounds(2)))
         assert made.table("client", "bad") == [

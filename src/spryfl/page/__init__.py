@@ -87,6 +87,7 @@ def render(shown: Shown, live: Mapping[str, Any] | None = None) -> str:
     pictures, beyond = clients.dealt(shown.groups)
     seeds = any(len(own) > 1 for own in shown.groups.values())
     charts, inner = lines.charts(runs), lines.diagnostics(runs)
+    failed = parts.failures(runs)
     looks = [_look(i) for i in range(len(shown.groups))]
     return _template().render(
         title=shown.title,
@@ -112,7 +113,8 @@ def render(shown: Shown, live: Mapping[str, Any] | None = None) -> str:
         dealt=pictures,
         beyond=beyond,
         answered=parts.answered(runs),
-        failures=parts.failures(runs),
+        failures=failed._replace(rows=failed.rows[: parts.LISTED]),
+        unlisted=len(failed.rows[parts.LISTED :]),
         inside=parts.inside(shown.groups),
         settings=parts.settings(shown.groups),
         provenance=parts.provenance(runs),

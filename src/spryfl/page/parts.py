@@ -14,6 +14,7 @@ from spryfl.report import Foretold, Groups, Record, Run, differences, flat, peak
 
 STEP = ("activations", "tangents", "gradients", "prefix")  # of a prediction: what the step holds above the model
 HELD = ("process", "backbone", "adapters", "buffers")  # and what is there before it
+LISTED = 60  # clients that failed, most often first
 FEW = 6  # settings that only some runs have, shown among the others
 
 
@@ -171,10 +172,11 @@ def failures(runs: Sequence[Run]) -> Table:
                 asked.update(str(client) for client in one.get("cohort", ()))
                 for client, why in one.get("failed", {}).items():
                     failed.setdefault(client, []).append((record["round"], str(why)))
-        for client, times in sorted(failed.items(), key=lambda one: (-len(one[1]), len(one[0]), one[0])):
+        for client, times in sorted(failed.items(), key=lambda one: (len(one[0]), one[0])):
             reasons = Counter(plainly(why) for _, why in times)
             said = "; ".join(why + (f" ({count} times)" if count > 1 else "") for why, count in reasons.most_common(3))
             rows.append((run.name, client, str(len(times)), str(asked[client]), _rounds(r for r, _ in times), said))
+    rows.sort(key=lambda row: -int(row[2]))
     return Table(("run", "client", "failed", "asked", "in rounds", "why"), rows)
 
 

@@ -113,7 +113,7 @@ function draw(element) {
     return;
   }
   const ends = lines.map(line => line.x[line.x.length - 1]);
-  const wide = Math.min(...ends) > 0 && Math.max(...ends) > 4 * Math.min(...ends);
+  const wide = Math.min(...ends) > 0 && Math.max(...ends) > 12 * Math.min(...ends);
   const steep = about.log && lines.every(line => line.y.every(y => y > 0));
   const tables = [], series = [{}], bands = [], places = [];
   for (const line of lines) {
@@ -139,8 +139,8 @@ function draw(element) {
     padding: [10, 12, 0, 0],
     scales: { x: { time: false, distr: wide ? 3 : 1, range: (u, low, high) => wide ? [low, high] : [Math.min(low, 0), high > low ? high : low + 1] }, y: { distr: steep ? 3 : 1 } },
     axes: [
-      { ...scale, label: xName, ...(wide ? { splits: powers } : {}), labelSize: 20, size: 26, gap: 6, space: 60, values, grid: { show: false }, border: { show: true, stroke: soft, width: 1 } },
-      { ...scale, ...(steep ? { splits: powers } : {}), size: 52, gap: 6, space: 40, values },
+      { ...scale, label: xName, ...(wide ? { splits: powers, filter: (u, splits) => splits } : {}), labelSize: 20, size: 26, gap: 6, space: 60, values, grid: { show: false }, border: { show: true, stroke: soft, width: 1 } },
+      { ...scale, ...(steep ? { splits: powers, filter: (u, splits) => splits } : {}), size: 52, gap: 6, space: 40, values },
     ],
     cursor: { dataIdx: nearest, drag: { setScale: false, x: false, y: false }, points: { size: 9, width: 2, fill: () => colour("paper") }, y: false },
     hooks: { ready: [u => element.setAttribute("aria-valuetext", sentence(u, lines, places, plots.get(element).at))], draw: [u => drawMarks(u, lines, places)], setCursor: [u => point(element, u, tip, lines, places)] },
