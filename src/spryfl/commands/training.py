@@ -232,7 +232,9 @@ def _tail(folder: Path) -> None:
     )
     out.print(f"adapter {folder / 'adapter'}\npicture {folder / 'curves.png'}", soft_wrap=True)
     out.print(
-        f'next    spryfl predict {folder} "a sentence of yours"\n        spryfl run --method fedavg', soft_wrap=True
+        f'next    spryfl predict {folder} "a sentence of yours"\n        spryfl report {folder}\n'
+        "        spryfl run --method fedavg",
+        soft_wrap=True,
     )
 
 

@@ -70,7 +70,7 @@ function drawMarks(u, lines, places) {
       const at = u.valToPos(x, "x", true), up = u.valToPos(y, "y", true);
       if (!Number.isFinite(at + up) || (at - last < gap && k < own.length - 1)) return;
       last = at;
-      c.save(); c.beginPath(); marks[line.look.mark](c, at, up, 3.6 * ratio);
+      c.save(); c.setLineDash([]); c.beginPath(); marks[line.look.mark](c, at, up, 3.6 * ratio);
       c.fillStyle = colour(`line-${line.look.colour}`); c.strokeStyle = paper; c.lineWidth = 1.2 * ratio;
       c.fill(); c.stroke(); c.restore();
     });
