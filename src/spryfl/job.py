@@ -144,7 +144,7 @@ def prepare(experiment: Experiment, corpus: data.Corpus, model: Model, tokens: t
 def _streamed(experiment: Experiment, corpus: data.Corpus) -> Model | None:
     """The packed model once more, for the classes of clients that stream it: units and values are the same."""
     section = experiment.model.model_copy(update={"stream": True})
-    wanted = any(one.stream for one in experiment.method.classes)
+    wanted = any(one.stream for one in experiment.method.classes) and not experiment.model.stream
     return load_model(experiment.model_copy(update={"model": section}), corpus.labels) if wanted else None
 
 

@@ -7,6 +7,7 @@ Cost: that of a run in this process, but for the clients' steps.
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import math
 import os
@@ -57,6 +58,8 @@ def run(grid: Grid, run_id: int, which: int, experiment: Experiment, folder: Pat
     if own:
         nodes.note |= {"labels": list(corpus.labels)}
     made = sites_job(experiment, corpus, model) if own else job.prepare(experiment, corpus, model)
+    if any(one.memory for one in experiment.method.classes):  # chosen here, once; no client runs the planner
+        nodes.note |= {"classes": json.dumps(made.experiment.as_dict()["method"]["classes"])}
     try:
         _rounds(made, nodes, own, *opened(made, folder, goes_on, own))
     finally:
