@@ -99,6 +99,24 @@ class TestLive:
         with pytest.raises(ConnectionRefusedError):
             get(live.address)
 
+    def test_a_comparison_goes_on_between_its_runs(self, tmp_path):
+        (tmp_path / "compare.toml").write_text('[compare]\nmethods = ["a", "b"]\nseeds = [0]\n')
+        write(tmp_path / "a-seed0", rounds(2))
+        live = Live([tmp_path])
+        assert not live.ended
+        write(tmp_path / "b-seed0", rounds(2), state="running")
+        assert not live.ended
+        finish(tmp_path / "b-seed0")
+        assert live.ended
+        live.close()
+
+    def test_a_comparison_that_was_stopped_has_ended(self, tmp_path):
+        (tmp_path / "compare.toml").write_text('[compare]\nmethods = ["a", "b"]\nseeds = [0]\n')
+        write(tmp_path / "a-seed0", rounds(2), state="cancelled")
+        live = Live([tmp_path])
+        assert live.ended
+        live.close()
+
     def test_nobody_is_waited_for(self, going):
         with Live([going], every=60.0):
             began = time.monotonic()
@@ -173,6 +191,14 @@ class TestCommands:
         assert err.startswith(f"spryfl: port {port} of 127.0.0.1 cannot be used: ")
         assert len(err.splitlines()) == 1
         assert not (tmp_path / "r").exists()
+
+    def test_a_run_that_cannot_begin_gives_the_port_back(self, tmp_path, monkeypatch, capsys):
+        with socket.create_server((HOST, 0)) as free:
+            port = free.getsockname()[1]
+        words = ("--data", tmp_path / "gone.csv", "--watch", "--port", port, "--out", tmp_path / "r")
+        for _ in range(2):
+            code, _, err = spryfl(monkeypatch, capsys, "run", *words)
+            assert (code, "gone.csv" in err) == (2, True)
 
     def test_watching_from_beside(self, going, monkeypatch, capsys):
         threading.Timer(0.3, finish, [going]).start()

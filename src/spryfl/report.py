@@ -207,6 +207,11 @@ class Compared(NamedTuple):
     def runs(self) -> list[Run]:
         return [run for runs in self.groups.values() for run in runs]
 
+    @property
+    def asked(self) -> int:
+        """How many runs there are to be."""
+        return len(self.given["compare"]["methods"]) * len(self.given["compare"]["seeds"])
+
 
 def is_comparison(folder: Path) -> bool:
     """Whether `spryfl compare` made this folder."""
@@ -256,10 +261,8 @@ def _as_json(compared: Compared) -> dict[str, Any]:
 
 
 def _total(compared: Compared) -> str:
-    made, asked = compared.runs, compared.given["compare"]
-    complete = sum(run.facts["state"] == "complete" for run in made)
-    expected = len(asked["methods"]) * len(asked["seeds"])
-    return "complete" if complete == expected else f"{complete} of {expected} runs complete"
+    complete = sum(run.facts["state"] == "complete" for run in compared.runs)
+    return "complete" if complete == compared.asked else f"{complete} of {compared.asked} runs complete"
 
 
 def _numbers(runs: Sequence[Run]) -> dict[str, Any]:

@@ -38,7 +38,13 @@ class Events:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._safely(lambda: self._writer and self._writer.close())
+        self.close()
+
+    def close(self) -> None:
+        """Writes what is left."""
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            self._safely(writer.close)
 
     def show(self, record: Mapping[str, Any]) -> None:
         """Adds one round."""

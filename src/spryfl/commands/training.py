@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +16,8 @@ from spryfl.screen import Screen, Turns, head, table
 if TYPE_CHECKING:
     from spryfl.compare import Comparison
     from spryfl.config import Experiment
+    from spryfl.job import Job
+    from spryfl.journal import Journal
 
 Watch = Annotated[bool, typer.Option("--watch", help="Serve the report's page on this machine while the run goes on.")]
 Tensorboard = Annotated[bool, typer.Option("--tensorboard", help="Events for TensorBoard too, in the run's folder.")]
@@ -124,29 +126,42 @@ def _go(experiment: Experiment, folder: Path, fresh: bool, watch: int | None, te
 
     from spryfl import api, job
 
-    beside = _beside(folder, watch, tensorboard)
-    if experiment.threads:
-        torch.set_num_threads(experiment.threads)
-    with out.status("reading data and model"):
-        made = api.prepared(experiment)
-        opened, state, progress = job.begin(made, folder) if fresh else job.resume(made, folder)
-    try:
-        with job.cancelling(opened):
-            head(out, made, folder)
-            _foretell(beside, folder)
-        with contextlib.ExitStack() as stack:
-            shown = [stack.enter_context(one) for one in beside]
-            stack.enter_context(job.cancelling(opened))
-            screen = stack.enter_context(Screen(out, made.plan.rounds, made.plan.metric))
-            for record, _ in job.run(made, opened, state, progress):
-                for one in (screen, *shown):
-                    one.show(record)
-    except KeyboardInterrupt:
-        err.print(f"\nstopped; the finished rounds are safe. Go on with: spryfl resume {folder}", soft_wrap=True)
-        raise typer.Exit(130) from None
+    with contextlib.ExitStack() as stack:
+        beside = _beside(folder, watch, tensorboard)
+        for one in beside:
+            stack.callback(one.close)
+        if experiment.threads:
+            torch.set_num_threads(experiment.threads)
+        with out.status("reading data and model"):
+            made = api.prepared(experiment)
+            opened, state, progress = job.begin(made, folder) if fresh else job.resume(made, folder)
+        try:
+            with job.cancelling(opened):
+                head(out, made, folder)
+                _foretell(beside, folder)
+            _rounds(made, opened, job.run(made, opened, state, progress), beside)
+        except KeyboardInterrupt:
+            err.print(f"\nstopped; the finished rounds are safe. Go on with: spryfl resume {folder}", soft_wrap=True)
+            raise typer.Exit(130) from None
     _tail(folder)
     if watch is not None:
         _keep(beside, folder)
+
+
+def _rounds(
+    made: Job, opened: Journal | None, rounds: Iterator[tuple[dict[str, Any], Any]], beside: Sequence[Any]
+) -> None:
+    """Shows each round on the screen and beside it."""
+    from spryfl import job
+
+    with contextlib.ExitStack() as stack:
+        for one in beside:
+            stack.enter_context(one)
+        stack.enter_context(job.cancelling(opened))
+        screen = stack.enter_context(Screen(out, made.plan.rounds, made.plan.metric))
+        for record, _ in rounds:
+            for one in (screen, *beside):
+                one.show(record)
 
 
 def _beside(folder: Path, watch: int | None, tensorboard: bool) -> list[Any]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from spryfl import page
-from spryfl.report import Foretold, is_comparison
+from spryfl.report import Foretold, Run, is_comparison, read_comparison
 
 HOST = "127.0.0.1"
 EVERY = 2.0  # seconds until a page looks again
@@ -60,7 +60,8 @@ class Live:
         self.address = f"http://{HOST}:{self._server.server_address[1]}/"
 
     def __enter__(self) -> Self:
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True).start()
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.1,), daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
@@ -68,6 +69,10 @@ class Live:
         if kind is None and time.monotonic() - self._looked < 3 * self._every:
             self._last.wait(2 * self._every)
         self._server.shutdown()
+        self.close()
+
+    def close(self) -> None:
+        """Gives the port back; also where nothing was ever served."""
         self._server.server_close()
 
     def show(self, record: Mapping[str, Any]) -> None:
@@ -77,9 +82,16 @@ class Live:
     def ended(self) -> bool:
         """Whether no run goes on any more."""
         with contextlib.suppress(ValueError, OSError, KeyError):
-            runs = page.gather(self._folders).runs
-            return bool(runs) and all(run.facts.get("state") != "running" for run in runs)
+            return self._over(page.gather(self._folders).runs)
         return False
+
+    def _over(self, runs: Sequence[Run]) -> bool:
+        """A comparison goes on between two of its runs; one that was stopped does not."""
+        states = [run.facts.get("state") for run in runs]
+        if not states or "running" in states:
+            return False
+        waits = [read_comparison(folder).asked for folder in self._folders if is_comparison(folder)]
+        return "cancelled" in states or all(len(states) >= asked for asked in waits)
 
     def look(self, seen: str) -> tuple[HTTPStatus, str, str]:
         """(status, version, page) for somebody who has seen a version."""
@@ -94,8 +106,7 @@ class Live:
 
     def _page(self) -> str:
         shown = page.gather(self._folders)._replace(foretold=self.foretold)
-        over = all(run.facts.get("state") != "running" for run in shown.runs) and bool(shown.runs)
-        return page.render(shown, {"every": self._every, "ended": over, "kept": self._kept})
+        return page.render(shown, {"every": self._every, "ended": self._over(shown.runs), "kept": self._kept})
 
     def delivered(self, text: str) -> None:
         """Notes that somebody has a page."""
