@@ -45,7 +45,7 @@ def test_a_short_run_of_the_main_job(tmp_path):
     assert shown.returncode == 0, shown.stderr
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "uPlot" in page
-    assert "no prediction" not in page
+    assert "No prediction" not in page
     told = spry("predict", "runs/smoke", "Return the sum of two arrays along an axis.", cwd=tmp_path)
     assert told.returncode == 0, told.stderr
     assert "=" in told.stdout

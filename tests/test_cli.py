@@ -258,7 +258,7 @@ class TestUse:
         assert f"page    {tmp_path / 'pages' / 'report.html'}" in out
         page = (tmp_path / "pages" / "report.html").read_text()
         assert "foretold" in page
-        assert "no prediction" not in page
+        assert "No prediction" not in page
         assert "complete" in out
         assert "accuracy" in out
         assert "…" not in out

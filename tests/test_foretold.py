@@ -52,6 +52,19 @@ def test_as_measured(tiny, reviews, tmp_path, method):
     near(step(found.parts[""]), max(one.get("peak_bytes", 0) for one in run.records))
 
 
+def test_a_run_that_did_not_record_its_longest_row(tiny, reviews, tmp_path, capfd):
+    """Rows as long as they may be; the model here has places for 64 tokens."""
+    run = made(tiny, reviews, tmp_path / "a", "fedavg", reading={"train_rows": 60, "test_rows": 10})
+    del run.facts["data"]["tokens"]
+    found = [foretold.steps([run._replace(facts=facts)])[run.name] for facts in ({}, {"data": {"tokens": 64}})]
+    assert found[0] == found[1]
+    assert step(found[0].parts[""]) > 1_000_000
+    longer = foretold.steps([run._replace(facts={"data": {"tokens": 65}})])[run.name]
+    assert longer.parts == {}
+    assert longer.why
+    assert capfd.readouterr().err == ""
+
+
 def test_classes_of_clients(tiny, reviews, tmp_path):
     run = made(tiny, reviews, tmp_path / "a", methods.spry(classes=CLASSES))
     found = foretold.steps([run])[run.name].parts

@@ -133,9 +133,12 @@ class TestNumbers:
         with_flower = write(tmp_path / "a", [record(1, accuracy=0.5, **carried), record(2, accuracy=0.5, **carried)])
         table = read(with_flower).table("MB", "down")
         assert table[0] == ["MB", "down", "up", "together", "Flower, down", "Flower, up", "Flower above ours"]
-        assert table[1] == ["a", "0.06", "0.04", "0.10", "0.12", "0.10", "+120.0 %"]
+        assert table[1] == ["a", "0.0600", "0.0400", "0.100", "0.120", "0.100", "+120.0 %"]
         without = write(tmp_path / "b", rounds(2))
-        assert read(without).table("MB", "down") == [["MB", "down", "up", "together"], ["b", "0.06", "0.04", "0.10"]]
+        assert read(without).table("MB", "down") == [
+            ["MB", "down", "up", "together"],
+            ["b", "0.0600", "0.0400", "0.100"],
+        ]
 
     def test_memory_foretold_and_measured(self, two):
         sizes = dict.fromkeys((*parts.HELD, *parts.STEP), 1_000_000) | {"tangents": 500_000}
@@ -143,9 +146,9 @@ class TestNumbers:
         head, first, second = made.table("MB", "foretold", "measured")
         one = dict(zip(head, first, strict=True))
         assert (one["foretold"], one["measured"], one["ratio"]) == ("3.50", "2.00", "1.75")
-        assert (one["tangents"], one["backbone"]) == ("0.50", "1.00")
+        assert (one["tangents"], one["backbone"]) == ("0.500", "1.00")
         assert dict(zip(head, second, strict=True))["foretold"] == "-"
-        assert "b has no prediction: no such model" in " ".join(made.text)
+        assert "No prediction for b: no such model" in " ".join(made.text)
 
     def test_bars_are_as_wide_as_their_numbers(self, two):
         held = [
@@ -384,14 +387,14 @@ class TestAnyFolder:
         assert len(text.encode()) < 2_000_000
         assert [len(line["x"]["rounds"]) for line in Reader(text).data["lines"]] == [501] * 10
         (tmp_path / "r0" / "records.jsonl").write_text(
-            "".join(json.dumps(one) + "\n" for one in rounds(9000, every=90))
+            "".join(json.dumps(one) + "\n" for one in rounds(9000, every=75))
         )
         made = read(*folders)
         own = made.data["lines"][0]
         assert "one in 2 is drawn" in " ".join(made.text)
         assert own["x"]["rounds"][-1] == 9000
         scored = [round_ for round_, y in zip(own["x"]["rounds"], own["y"]["metric-0"], strict=True) if y is not None]
-        assert scored == list(range(0, 9001, 90))
+        assert scored == list(range(0, 9001, 75))
 
     def test_looks_are_told_apart_without_colour(self):
         looks = [page._look(i) for i in range(24)]

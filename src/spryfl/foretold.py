@@ -1,6 +1,7 @@
 """What a run's step was predicted to hold, part by part: the planner's footprint at the settings of a run folder.
 
-    rows, tokens    a local batch, as long as the longest training row; data.max_length where the run did not record it
+    rows, tokens    a local batch, as long as the longest training row; where the run did not record that, as long as
+                    data.max_length and the model allow
     units           those of the client that is dealt most values, in the first rounds
 
 One row for the run, or one for each class of its clients. Cost: 0.3 to 1 s a run, once the packages are imported;
@@ -10,13 +11,15 @@ nothing is read but the model's configuration.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from spryfl import adapters, config, footprint, server, tasks
+from spryfl import adapters, config, footprint, models, server, tasks
 from spryfl.choices import Built, build
 from spryfl.classes import ClientClass
+from spryfl.footprint.outline import skeleton
 from spryfl.report import Foretold, Run, plainly
 from spryfl.types import Unit
 
@@ -44,10 +47,14 @@ def _lengths(run: Run) -> tuple[int, int]:
 
 
 def _tried(run: Run) -> Foretold:
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # it prints what is caught here
+    was, log.disabled = log.disabled, True
     try:
         return Foretold(by_class(run.config, run.facts), "")
     except Exception as error:  # a folder of another version, a model of another machine: the report goes on without
         return Foretold({}, plainly(str(error) or type(error).__name__))
+    finally:
+        log.disabled = was
 
 
 def by_class(given: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, dict[str, int]]:
@@ -76,7 +83,7 @@ def by_class(given: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, di
             method,
             _most(of.units, built, experiment, own.name),
             rows=t.batch_size * sequences,
-            tokens=longest or experiment.data.max_length,
+            tokens=longest or int(min(experiment.data.max_length, models.places(skeleton(of, (0,)).module))),
             micro_batch=own.micro_batch or t.micro_batch,
             stream=own.stream or m.stream,
             dropout=t.dropout,

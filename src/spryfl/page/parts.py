@@ -59,7 +59,8 @@ def mb(value: float | None) -> str:
     if not value:
         return "-" if value is None else "0"
     number = value / 1e6
-    return f"{number:,.0f}" if number >= 1000 else f"{number:.1f}" if number >= 10 else f"{number:.2f}"
+    digits = next((digits for least, digits in ((1000, 0), (10, 1), (1, 2), (0.1, 3)) if number >= least), 4)
+    return f"{number:,.{digits}f}"
 
 
 class Held(NamedTuple):
@@ -123,8 +124,11 @@ def _memory_row(row: Held) -> tuple[str, ...]:
 
 def unforetold(groups: Groups, foretold: Mapping[str, Foretold]) -> list[str]:
     """Why some runs have no prediction, a reason once."""
-    reasons = {foretold[run.name].why: label for label, runs in groups.items() for run in runs if run.name in foretold}
-    return [f"{label} has no prediction: {why}" for why, label in reasons.items() if why]
+    reasons: dict[str, list[str]] = {}
+    for label, runs in groups.items():
+        for why in {foretold[run.name].why for run in runs if run.name in foretold} - {""}:
+            reasons.setdefault(why, []).append(label)
+    return [f"No prediction for {', '.join(labels)}: {why}" for why, labels in reasons.items()]
 
 
 def traffic(groups: Groups) -> tuple[list[Bar], Table]:
