@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 import transformers
@@ -134,6 +136,16 @@ def test_in_every_family(family, way, layers):
     for mine in (of.units, late(of, layers), of.units[::3]):
         count, _ = real(family, layers, WAYS[way], mine)
         same(footprint(of, WAYS[way], mine, rows=ROWS, tokens=TOKENS).step, count)
+
+
+@pytest.mark.parametrize("way", ["forward", "in chunks", "exact top"])
+def test_tangents_that_are_used_again_are_foretold(way, monkeypatch):
+    """Large ones come from the engine's pool, which looks at who else holds a buffer."""
+    of = outline("llama", 4)
+    monkeypatch.setattr(sys.modules[__name__], "ROWS", 16)
+    monkeypatch.setattr(sys.modules[__name__], "TOKENS", 128)
+    count, _ = real("llama", 4, WAYS[way], of.units)
+    same(footprint(of, WAYS[way], rows=16, tokens=128).step, count)
 
 
 @pytest.mark.parametrize("way", ["checkpointed", "exact head"])

@@ -108,7 +108,7 @@ def outlined(
         codec_of(precision)
     whole = built(config, range(config.num_hidden_layers), adapter, task, precision)
     coded = _coded_bytes(whole.module)
-    frozen, every = _frozen(whole.module), _values(whole.module)
+    frozen, every, mapped = _frozen(whole.module), _values(whole.module), _mapped(whole.module, precision)
     return Outline(
         name=name,
         config=config,
@@ -117,8 +117,7 @@ def outlined(
         task=task,
         precision=precision,
         units=whole.units,
-        backbone=sum(value.nbytes for name, value in frozen.items() if name not in _mapped(whole.module, precision))
-        + sum(coded),
+        backbone=sum(value.nbytes for name, value in frozen.items() if name not in mapped) + sum(coded),
         blocks=coded,
         adapters=sum(value.nbytes for value in whole.params.values())
         + sum(value.nbytes for name, value in every.items() if name not in frozen),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .dual import Dual, demote, promoted
-from .memory import pool, settle
+from .memory import keep_freed, pool
 
 Function = Callable[[dict[str, Tensor]], Any]
 
@@ -91,7 +91,7 @@ def some(names: Mapping[str, Any], limit: int = 8) -> str:
 def run(f: Function, params: Mapping[str, Tensor], directions: Mapping[str, Tensor]) -> tuple[Any, Any]:
     """One run of f for one chunk of directions."""
     k = len(next(iter(directions.values())))
-    settle()
+    keep_freed()
     tokens = promoted.set([]), pool.set({})
     try:
         with torch.no_grad():
