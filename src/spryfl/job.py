@@ -167,7 +167,7 @@ def _joined(parts: Sequence[Sequence[int]]) -> tuple[int, ...]:
 def predicted(job: Job) -> costs.Costs:
     """What the experiment's method costs at its shapes, a row as long as the mean of the training rows."""
     t, method = job.experiment.train, job.experiment.method
-    lengths = [len(one["input_ids"]) for row in job.rows.inputs for one in row]
+    lengths = tasks.lengths(job.rows)
     sequences = t.batch_size * len(lengths) // max(len(job.rows.inputs), 1)
     shapes = models.shapes_of(job.model.module, job.model.units, sequences, round(sum(lengths) / len(lengths)))
     steps = job.steps or t.epochs * math.ceil(sum(map(len, job.parts)) / len(job.parts) / t.batch_size)
@@ -367,8 +367,17 @@ def facts(job: Job) -> dict[str, Any]:
             "train": len(job.rows.labels),
             "test": len(job.test.labels),
             "cut": job.rows.cut + job.test.cut,
+            "tokens": max(tasks.lengths(job.rows), default=0),  # of the longest sequence
+            "sequences": max(map(len, job.rows.inputs), default=1),  # of a row
         },
+        **_dealt(job),
     }
+
+
+def _dealt(job: Job) -> dict[str, Any]:
+    """How the classes fall to the clients; not where the rows lie elsewhere or a promise covers them."""
+    parts = [(*own, *kept) for own, kept in zip(job.parts, job.held, strict=True) if not job.plan.promised]
+    return {"clients": partition.written(tuple(parts), job.corpus.train.label, job.corpus.labels)} if any(parts) else {}
 
 
 def same_data(opened: Journal, job: Job) -> None:
