@@ -293,7 +293,7 @@ def resume(job: Job, folder: Path) -> tuple[Journal, ServerState, Progress]:
     fresh = train.start(job.plan, job.model.params)
     state, progress = journal.load(opened) if begun else fresh
     same_data(opened, job)
-    _same_values(opened, state, fresh[0])
+    journal.same_values(opened, state, fresh[0])
     journal.rewind(opened, state.round if begun else -1)
     return opened, state, progress
 
@@ -388,17 +388,4 @@ def same_data(opened: Journal, job: Job) -> None:
         raise ValueError(
             f"the data of {opened.folder} have changed since it began ({job.corpus.source}; the docstrings change with "
             f"the installed packages). Restore them, or start a new run."
-        )
-
-
-def _same_values(opened: Journal, state: ServerState, fresh: ServerState) -> None:
-    """A state of other names or shapes belongs to another adapter, model or method."""
-    shapes, expected = (
-        [{name: value.shape for name, value in values.items()} for values in (one.params, *one.optimizer.values())]
-        for one in (state, fresh)
-    )
-    if shapes != expected:
-        raise ValueError(
-            f"the state of {opened.folder} does not fit its config.toml: the model, the adapter or the method was "
-            f"changed since the run began. Restore config.toml, or start a new run."
         )
