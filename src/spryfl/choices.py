@@ -163,7 +163,12 @@ class Built(NamedTuple):
 
 
 def builder(what: str, kind: str | Callable[..., Any]) -> Callable[..., Any]:
-    """The builder of a choice: the registry's, or the callable itself."""
+    """The builder of a choice: the registry's, or the callable itself; a ValueError if there is no such name.
+
+    Args:
+        what: a key of REGISTRIES: "estimator", "assignment" ...
+        kind: a name in that registry, or a builder of one's own.
+    """
     if callable(kind):
         return kind
     registry = REGISTRIES[what]
@@ -173,7 +178,11 @@ def builder(what: str, kind: str | Callable[..., Any]) -> Callable[..., Any]:
 
 
 def build(method: Method) -> Built:
-    """The functions that a method's choices name; a ValueError says which choice does not fit."""
+    """The functions that a method's choices name; a ValueError says which choice does not fit.
+
+    Args:
+        method: the record.
+    """
     _check(method)
     built = Built(
         estimator=_estimator(method.estimator, method.head),
@@ -295,7 +304,12 @@ def _check(method: Method) -> None:
 
 
 def check_cohort(method: Method, cohort: int) -> None:
-    """A ValueError if so few clients a round, all of them answering, are too few for the method's aggregate."""
+    """A ValueError if so few clients a round, all of them answering, are too few for the method's aggregate.
+
+    Args:
+        method: the record.
+        cohort: clients a round.
+    """
     robust = builder("aggregate", method.aggregate["kind"])(
         **{k: v for k, v in method.aggregate.items() if k != "kind"}
     )

@@ -17,6 +17,7 @@ from spryfl.commands import app, err
 GROUPS = (
     "training",
     "tuning",
+    "reporting",
     "tables",
     "answers",
     "planning",

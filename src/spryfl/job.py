@@ -73,6 +73,12 @@ def deal(experiment: Experiment, corpus: data.Corpus) -> tuple[tuple[int, ...], 
     return make(labels, groups, experiment.partition.clients, noise.child_seed(experiment.seed, "partition"))
 
 
+def _drawn(experiment: Experiment) -> int:
+    """The seed of what the model's files lack: the run's, or that of the adapter it starts from."""
+    seed, start = noise.child_seed(experiment.seed, "model"), experiment.model.adapter
+    return models.drawn(Path(start), seed) if start else seed
+
+
 def load_model(experiment: Experiment, labels: tuple[str, ...]) -> Model:
     """The experiment's model with its adapter."""
     m, seed = experiment.model, noise.child_seed(experiment.seed, "model")
@@ -82,7 +88,7 @@ def load_model(experiment: Experiment, labels: tuple[str, ...]) -> Model:
         revision=m.revision,
         attention=m.attention,
         trust_remote_code=m.trust_remote_code,
-        seed=seed,
+        seed=_drawn(experiment),
         task=(task := tasks.build(experiment.task)),
         stream=m.stream,
     )
@@ -161,7 +167,7 @@ def _joined(parts: Sequence[Sequence[int]]) -> tuple[int, ...]:
 def predicted(job: Job) -> costs.Costs:
     """What the experiment's method costs at its shapes, a row as long as the mean of the training rows."""
     t, method = job.experiment.train, job.experiment.method
-    lengths = [len(one["input_ids"]) for row in job.rows.inputs for one in row]
+    lengths = tasks.lengths(job.rows)
     sequences = t.batch_size * len(lengths) // max(len(job.rows.inputs), 1)
     shapes = models.shapes_of(job.model.module, job.model.units, sequences, round(sum(lengths) / len(lengths)))
     steps = job.steps or t.epochs * math.ceil(sum(map(len, job.parts)) / len(job.parts) / t.batch_size)
@@ -335,6 +341,7 @@ def card(job: Job) -> dict[str, Any]:
         "labels": list(job.model.labels),
         "max_length": d.data.max_length,
         "method": d.method.name,
+        "seed": _drawn(d),
         **({"stream": True} if d.model.stream else {}),
     }
 
@@ -360,8 +367,17 @@ def facts(job: Job) -> dict[str, Any]:
             "train": len(job.rows.labels),
             "test": len(job.test.labels),
             "cut": job.rows.cut + job.test.cut,
+            "tokens": max(tasks.lengths(job.rows), default=0),  # of the longest sequence
+            "sequences": max(map(len, job.rows.inputs), default=1),  # of a row
         },
+        **_dealt(job),
     }
+
+
+def _dealt(job: Job) -> dict[str, Any]:
+    """How the classes fall to the clients; not where the rows lie elsewhere or a promise covers them."""
+    parts = [(*own, *kept) for own, kept in zip(job.parts, job.held, strict=True) if not job.plan.promised]
+    return {"clients": partition.written(tuple(parts), job.corpus.train.label, job.corpus.labels)} if any(parts) else {}
 
 
 def same_data(opened: Journal, job: Job) -> None:

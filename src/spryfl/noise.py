@@ -28,13 +28,29 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
 def child_seed(seed: int, *facts: int | str) -> int:
-    """A 63-bit seed for named facts: `child_seed(run, "client", 3, "round", 7)`. Injective but for hash collisions."""
+    """A 63-bit seed for named facts: `child_seed(run, "client", 3, "round", 7)`. Injective but for hash collisions.
+
+    Args:
+        seed: the parent.
+        facts: names and numbers that tell this use from all others.
+
+    Returns:
+        A whole number from 0 to 2^63 - 1.
+
+    >>> child_seed(0, "round", 7) == child_seed(0, "round", 7) != child_seed(0, "round", 8)
+    True
+    """
     text = repr((int(seed), *facts)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
 def philox(counter: Sequence[Tensor], key: Sequence[Tensor | int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10: four 32-bit words for each counter and key, which broadcast; int64 tensors hold 0 .. 2^32 - 1."""
+    """Philox4x32-10: four 32-bit words for each counter and key, which broadcast; int64 tensors hold 0 .. 2^32 - 1.
+
+    Args:
+        counter: four tensors of words.
+        key: two words.
+    """
     a, b, c, d = counter
     low, high = key
     for _ in range(10):
@@ -235,6 +251,11 @@ def stack(seeds: Sequence[int], like: Params, distribution: str = "gaussian") ->
 def direction(seed: int, like: Params, distribution: str = "gaussian") -> dict[str, Tensor]:
     """One random direction over a block: name -> float32 tensor of the same shape.
 
+    Args:
+        seed: 0 to 2^63 - 1.
+        like: name -> tensor; only names, shapes and devices are looked at.
+        distribution: as `stack`'s.
+
     >>> import torch
     >>> direction(7, {"a": torch.zeros(3)}, "rademacher")["a"].abs()
     tensor([1., 1., 1.])
@@ -247,6 +268,13 @@ def expand(terms: Iterable[Directional], like: Params) -> dict[str, Tensor]:
 
     Call it once a step, with all of the step's terms as the estimator made them: terms of one block and distribution
     that follow each other are drawn together, and orthogonal directions are so among those drawn together.
+
+    Args:
+        terms: of one step's estimate.
+        like: name -> tensor of the values that the terms are about.
+
+    Returns:
+        name -> tensor, of each name that a term has.
     """
     total: dict[str, Tensor] = {}
     for (block, distribution), group in itertools.groupby(terms, key=lambda t: (t.block, t.distribution)):

@@ -15,6 +15,7 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -22,7 +23,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from spryfl.report import ALONG, Compared, Groups, Record, Run, columns, metric, peak, scored
 
+_PLAIN = {"text.parse_math": False}  # names are no formulas
 
+
+@rc_context(_PLAIN)
 def curves(runs: Sequence[Run], path: Path) -> None:
     """The metric on the test rows and training loss, against rounds, passes, bytes and seconds."""
     figure = Figure(figsize=(13, 6), layout="constrained")
@@ -39,8 +43,13 @@ def curves(runs: Sequence[Run], path: Path) -> None:
 
 
 def _line(axes: Axes, name: str, along: Callable[[Record], float], records: Sequence[Record], what: str) -> None:
-    axes.plot([along(r) for r in records], [r[what] for r in records], marker="o", markersize=3, label=name)
+    axes.plot([along(r) for r in records], [r[what] for r in records], marker="o", markersize=3, label=_shown(name))
     _plain(axes)
+
+
+def _shown(name: str) -> str:
+    """A name as a legend shows it: a first "_" would leave it out."""
+    return f" {name}" if name.startswith("_") else name
 
 
 def _plain(axes: Axes) -> None:
@@ -55,6 +64,7 @@ _COLOURS += ("#7B3FBF", "#8C8C8C", "#9AA61D", "#B2182B")
 _MARKERS = "os^DvPX*<>hp"
 
 
+@rc_context(_PLAIN)
 def comparison(compared: Compared, path: Path) -> None:
     """The metric against rounds, passes, bytes and seconds; peak memory; every run's end."""
     groups = {label: done for label, runs in compared.groups.items() if (done := [run for run in runs if scored(run)])}
@@ -70,7 +80,7 @@ def comparison(compared: Compared, path: Path) -> None:
     for axes, (title, along) in zip(above, ALONG.items(), strict=True):
         _panel(axes, title, along, groups)
     above[0].set_ylabel(f"{name} on the test rows")
-    handles = [Line2D([], [], label=label, linewidth=2, **_look(i)) for i, label in enumerate(groups)]
+    handles = [Line2D([], [], label=_shown(label), linewidth=2, **_look(i)) for i, label in enumerate(groups)]
     said = {"title": f"{compared.name}: {_over(groups)}", "title_fontsize": 10}
     parts[0].legend(handles=handles, loc="outside upper center", ncols=min(6, len(groups)), frameon=False, **said)
     _bars(left, groups)
@@ -156,6 +166,7 @@ def _look(index: int) -> dict[str, Any]:
     }
 
 
+@rc_context(_PLAIN)
 def parts(rows: Sequence[tuple[str, Mapping[str, int]]], path: Path, budget: int = 0) -> None:
     """A stacked bar a setting: (its words, bytes by part); `budget` is a line."""
     figure = Figure(figsize=(11, 1.8 + 0.42 * len(rows)), layout="constrained")

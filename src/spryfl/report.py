@@ -31,6 +31,19 @@ class Run(NamedTuple):
     records: list[Record]
 
 
+class Foretold(NamedTuple):
+    """What a step was predicted to hold."""
+
+    parts: Mapping[str, Mapping[str, int]]  # bytes by part, by class of clients; "" where there are no classes
+    why: str  # there is no prediction
+
+
+def plainly(text: str, most: int = 240) -> str:
+    """One line of a message that may be long."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 1] + "…"
+
+
 Groups = Mapping[str, Sequence[Run]]  # runs that differ in seed, by what they have in common
 
 
@@ -249,6 +262,11 @@ class Compared(NamedTuple):
     def runs(self) -> list[Run]:
         return [run for runs in self.groups.values() for run in runs]
 
+    @property
+    def asked(self) -> int:
+        """How many runs there are to be."""
+        return len(self.given["compare"]["methods"]) * len(self.given["compare"]["seeds"])
+
 
 def is_comparison(folder: Path) -> bool:
     """Whether `spryfl compare` made this folder."""
@@ -301,10 +319,8 @@ def _as_json(compared: Compared) -> dict[str, Any]:
 
 
 def _total(compared: Compared) -> str:
-    made, asked = compared.runs, compared.given["compare"]
-    complete = sum(run.facts["state"] == "complete" for run in made)
-    expected = len(asked["methods"]) * len(asked["seeds"])
-    return "complete" if complete == expected else f"{complete} of {expected} runs complete"
+    complete = sum(run.facts["state"] == "complete" for run in compared.runs)
+    return "complete" if complete == compared.asked else f"{complete} of {compared.asked} runs complete"
 
 
 def _numbers(runs: Sequence[Run]) -> dict[str, Any]:

@@ -27,10 +27,10 @@ def jvp(
 ) -> tuple[Any, Any]:
     """A function's value and its derivatives in K directions: tangents[k] = d/dt f(params + t directions[k]) at t = 0.
 
-    Arguments:
+    Args:
         f: from named tensors to a tensor or a tuple of tensors; typically `torch.func.functional_call` on a model. It
-        is run once
-            per chunk, without a gradient graph. What it draws at random it must seed itself, so that chunks agree.
+            is run once per chunk, without a gradient graph. What it draws at random it must seed itself, so that
+            chunks agree.
         params: name -> tensor, all that `f` reads from its argument.
         directions: name -> (K, *shape of the parameter), for the perturbed names; the others' tangents are zero.
         chunk: directions at once, K where None. A smaller one bounds memory and costs one more run of values per chunk.

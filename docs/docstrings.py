@@ -1,0 +1,39 @@
+"""Docstrings as the site shows them: examples are code blocks, arguments explained together stand one by one."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import griffe
+
+_PLAIN = re.compile(r"^Example:\n((?:    .*\n?|\n)+)", re.MULTILINE)
+_TOGETHER = re.compile(r"^( +)(\*{0,2}\w+(?:, \*{0,2}\w+)+): (.*(?:\n\1 +.*)*)$", re.MULTILINE)
+
+
+class Shown(griffe.Extension):
+    """Changes what is parsed; the sources stay as they are."""
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        if obj.docstring is not None:
+            obj.docstring.value = shown(obj.docstring.value)
+
+
+def shown(text: str) -> str:
+    """A docstring with its examples in fences and its arguments one by one."""
+    text = _TOGETHER.sub(lambda m: "\n".join(f"{m[1]}{name}: {m[3]}" for name in m[2].split(", ")), text)
+    text = _PLAIN.sub(
+        lambda m: m[0] if ">>> " in m[1] else f"Example:\n    ```python\n{m[1].rstrip()}\n    ```\n\n", text
+    )
+    out: list[str] = []
+    inside = ""
+    for line in text.split("\n"):
+        begins = re.match(r"( *)>>> ", line)
+        if begins and not inside:
+            inside = f"{begins[1]}```"
+            out.append(f"{inside}pycon")
+        elif inside and not line.strip():
+            out.append(inside)
+            inside = ""
+        out.append(line)
+    return "\n".join([*out, inside] if inside else out)
