@@ -72,7 +72,7 @@ def reference(folder: Path) -> None:
             if where in seen or not (callable(value) or isinstance(value, dict)):
                 continue
             seen.add(where)
-            members = "      members: true\n" if inspect.isclass(value) and full != "spryfl.types" else ""
+            members = "      members: true\n" if inspect.isclass(value) else ""
             text += [f"::: {where}", "    options:", f"      heading: {full}.{name}", f"      toc_label: {name}"]
             text += [members] if members else [""]
         (folder / f"{full}.md").write_text("\n".join(text), encoding="utf-8")

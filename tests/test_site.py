@@ -103,3 +103,13 @@ def test_docstrings_as_they_are_shown():
     )
     assert shown("One.\n\n>>> f()\n2\n\nTwo.") == "One.\n\n```pycon\n>>> f()\n2\n```\n\nTwo."
     assert "```python\n    x = f()\n    ```" in shown("One.\n\nExample:\n    x = f()")
+
+
+def test_a_field_is_explained_by_its_comment(tmp_path):
+    griffe = pytest.importorskip("griffe")
+    (tmp_path / "one.py").write_text(
+        "class A:\n    size: int  # rows\n    name: str = ''\n    other: int = 3  # noqa: X\n"
+    )
+    fields = griffe.load("one", search_paths=[tmp_path])["A"].members
+    explained = loaded("docstrings").comment
+    assert {name: explained(field) for name, field in fields.items()} == {"size": "rows", "name": "", "other": ""}
