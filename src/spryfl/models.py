@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -261,17 +262,23 @@ def foreign(model: Model) -> bool:
 
 def check_length(model: Model, sides: Iterable[Rows]) -> None:
     """A ValueError if a row is longer than the model has places, where it keeps a table of them."""
-    places = [
+    most = places(model.module)
+    longest = max((length for rows in sides for length in tasks.lengths(rows)), default=0)
+    if longest > most:
+        raise ValueError(
+            f"the longest row has {longest} tokens, and the model has places for {most}. "
+            f"Set data.max_length to {most} or less."
+        )
+
+
+def places(module: nn.Module) -> float:
+    """How many tokens a row may have; infinite where the model keeps no table of them."""
+    tables = [
         one.num_embeddings - (0 if one.padding_idx is None else one.padding_idx + 1)  # RoBERTa counts from behind it
-        for name, one in model.module.named_modules()
+        for name, one in module.named_modules()
         if isinstance(one, nn.Embedding) and name.rpartition(".")[2] in _PLACES
     ]
-    longest = max((len(one["input_ids"]) for rows in sides for row in rows.inputs for one in row), default=0)
-    if places and longest > min(places):
-        raise ValueError(
-            f"the longest row has {longest} tokens, and the model has places for {min(places)}. "
-            f"Set data.max_length to {min(places)} or less."
-        )
+    return min(tables, default=math.inf)
 
 
 def loss_fn(

@@ -159,6 +159,28 @@ def _orthogonal(seeds: Sequence[int], like: Params) -> dict[str, Tensor]:
     return {name: part.reshape(value.shape) for (name, value), part in zip(raw.items(), parts, strict=True)}
 
 
+def _basis(seeds: Sequence[int], like: Params) -> dict[str, Tensor]:
+    """Axes of the block, each of length sqrt(d), no axis twice in a call: all d of them give the exact gradient.
+
+    Each seed draws among the axes that those before it left. E[v v^T] = I for each.
+    """
+    sizes = [value.numel() for value in like.values()]
+    count, dimension = len(seeds), sum(sizes)
+    if count > dimension:
+        raise ValueError(
+            f"{count} axes do not fit into {dimension} values. Use fewer directions or another distribution: "
+            f"{', '.join(name for name in DISTRIBUTIONS if name not in JOINT)}."
+        )
+    left = list(range(dimension))
+    rows = torch.zeros(count, dimension)
+    for k, seed in enumerate(seeds):
+        at = child_seed(seed, "axis") % len(left)  # 63 bits against d: even to 1e-12
+        left[at], left[-1] = left[-1], left[at]
+        rows[k, left.pop()] = math.sqrt(dimension)
+    parts = rows.split(sizes, dim=1)
+    return {name: part.reshape(count, *like[name].shape) for name, part in zip(like, parts, strict=True)}
+
+
 # A law of your own is a function here, by its name, on both sides of the wire: equal seeds, names and shapes must give
 # equal values anywhere, one direction must not hang on the others of the call, and E[v v^T] must be I.
 DISTRIBUTIONS: dict[str, Callable[[Sequence[int], Params], dict[str, Tensor]]] = {
@@ -166,20 +188,22 @@ DISTRIBUTIONS: dict[str, Callable[[Sequence[int], Params], dict[str, Tensor]]] =
     "rademacher": _rademacher,
     "sphere": _sphere,
     "orthogonal": _orthogonal,
+    "basis": _basis,
 }
-JOINT = frozenset({"orthogonal"})  # a direction depends on those that are drawn before it in the same call
+JOINT = frozenset({"orthogonal", "basis"})  # a direction depends on those that are drawn before it in the same call
 
 
 # E|g_hat - g|^2 / |g|^2 of g_hat = (1/K) sum_k c_k v_k with exact c_k = <g, v_k>, by a law's name: (d values, K).
 #   gaussian           E[v v^T v v^T] = (d + 2) I, so E|c v|^2 = (d + 2)|g|^2, less the mean's |g|^2: d + 1, over K
 #   signs, sphere      |v|^2 = d always, so E|c v|^2 = d |g|^2: d - 1, over K
-#   orthogonal         K of d orthogonal axes: g_hat is d/K of a projection that keeps K/d of |g|^2: d/K - 1
+#   orthogonal, basis  K of d orthogonal axes: g_hat is d/K of a projection that keeps K/d of |g|^2: d/K - 1
 # The first is Nesterov and Spokoiny 2017, the others follow in the same way.
 VARIANCES: dict[str, Callable[[int, int], float]] = {
     "gaussian": lambda d, k: (d + 1) / k,
     "rademacher": lambda d, k: (d - 1) / k,
     "sphere": lambda d, k: (d - 1) / k,
     "orthogonal": lambda d, k: (d - k) / k,
+    "basis": lambda d, k: (d - k) / k,
 }
 
 

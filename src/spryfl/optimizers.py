@@ -195,6 +195,19 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 
 LOCAL: dict[str, Callable[..., Optimizer | None]] = {**OPTIMIZERS, "none": none}
 
+
+def warmed(schedule: Callable[[float], float], share: float) -> Callable[[float], float]:
+    """A schedule that first rises: times min(1, 0.1 + 0.9 done / share); share 0 leaves it as it is.
+
+    >>> rising = warmed(SCHEDULES["linear"], 0.5)
+    >>> [round(rising(done), 3) for done in (0.0, 0.25, 0.5, 0.75)]
+    [0.1, 0.412, 0.5, 0.25]
+    """
+    if not share:
+        return schedule
+    return lambda done: min(1.0, 0.1 + 0.9 * done / share) * schedule(done)
+
+
 # A schedule maps the share of rounds done, in [0, 1), to a factor on the local learning rate.
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,

@@ -159,6 +159,12 @@ def statistics(parts: Parts, labels: Sequence[int], n_classes: int) -> Statistic
     return Statistics(counts, min(sizes), stats.median(sizes), max(sizes), stats.fmean(distances))
 
 
+def written(parts: Parts, labels: Sequence[int], names: Sequence[str]) -> dict[str, list[str]]:
+    """The counts as words, for a run's facts: a client a line, its rows of each class; all its rows without classes."""
+    counts = statistics(parts, labels, len(names)).counts if names else tuple((len(rows),) for rows in parts)
+    return {"labels": list(names), "rows": [" ".join(map(str, one)) for one in counts]}
+
+
 def _total_variation(one: Sequence[int], other: Sequence[int]) -> float:
     """Half the sum of |p - q| over the classes."""
     n, m = sum(one), sum(other)

@@ -54,7 +54,7 @@ def settled(experiment: Experiment, labels: Sequence[str], data: Rows) -> Experi
 
     m, task = experiment.model, tasks.build(experiment.task)
     of = outline(m.name, tuple(labels), adapters.build(experiment.adapter), task=task, attention=m.attention)
-    lengths = [len(one["input_ids"]) for row in data.inputs for one in row]
+    lengths = tasks.lengths(data)
     most, tokens = experiment.train.batch_size, max(lengths, default=experiment.data.max_length)
     rows = most * len(lengths) // len(data.inputs) if lengths else most
     made = tuple(_chosen(one, experiment, of, rows, tokens) if one.memory else one for one in method.classes)

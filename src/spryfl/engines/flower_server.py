@@ -88,6 +88,11 @@ def sites_job(experiment: Experiment, corpus: Any, model: models.Model) -> Job:
             f'method.sharing = "{experiment.method.sharing}" needs all rows in one place, and these nodes hold their '
             f"own. Run it in process, or use a federated method."
         )
+    if experiment.train.probe:
+        raise ValueError(
+            f"train.probe = {experiment.train.probe} looks at training rows, and these nodes keep their own. "
+            f"Remove it, or run it in process."
+        )
     made, clients = job.prepare(flower_client.alone(experiment), corpus, model), experiment.partition.clients
     there = len(made.plan.method.present(clients))
     plan = made.plan._replace(clients=clients, cohort=min(experiment.train.cohort, there))
@@ -167,4 +172,8 @@ def _seeded(made: Job) -> Callable[[Instruction], tuple[int, frozenset[str]] | N
         step = work([unit for unit in made.model.units if set(unit.params) <= set(names)], client)
         return step and (step.terms, frozenset(name for unit in step.dense for name in unit.params))
 
-    return lambda told: seeded(told.names, told.client)
+    def known(told: Instruction) -> tuple[int, frozenset[str]] | None:
+        found = seeded(told.names, told.client)
+        return found and (math.ceil(found[0] * told.growth) + 1, found[1]) if told.growth > 1 else found
+
+    return known

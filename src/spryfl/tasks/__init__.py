@@ -17,7 +17,7 @@ from spryfl.tasks.multiple_choice import multiple_choice
 from spryfl.tasks.multirc import multirc
 from spryfl.tasks.prompted import prompted, prompted_choice
 from spryfl.tasks.question_answering import question_answering
-from spryfl.tasks.record import AT, OF, TARGETS, Rows, Task
+from spryfl.tasks.record import AT, OF, TARGETS, Rows, Task, lengths
 from spryfl.tasks.rows import by_length, collate, count, encode, inputs, parts, shuffled
 
 TASKS: dict[str, Callable[..., Task]] = {
@@ -61,6 +61,7 @@ __all__ = [
     "count",
     "encode",
     "inputs",
+    "lengths",
     "parts",
     "shuffled",
 ]
