@@ -199,9 +199,13 @@ LOCAL: dict[str, Callable[..., Optimizer | None]] = {**OPTIMIZERS, "none": none}
 def warmed(schedule: Callable[[float], float], share: float) -> Callable[[float], float]:
     """A schedule that first rises: times min(1, 0.1 + 0.9 done / share); share 0 leaves it as it is.
 
+    Args:
+        schedule: share of the run done, in [0, 1) -> factor on a rate.
+        share: of the run in which it rises.
+
     >>> rising = warmed(SCHEDULES["linear"], 0.5)
-    >>> [round(rising(done), 3) for done in (0.0, 0.25, 0.5, 0.75)]
-    [0.1, 0.412, 0.5, 0.25]
+    >>> [round(rising(done), 2) for done in (0.0, 0.25, 0.5, 0.75)]
+    [0.1, 0.41, 0.5, 0.25]
     """
     if not share:
         return schedule
