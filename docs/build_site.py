@@ -84,7 +84,7 @@ def reference(folder: Path) -> None:
 def gather() -> None:
     """Copies the pages and what they show into build/pages."""
     shutil.rmtree(PAGES, ignore_errors=True)
-    for name in WANTED:
+    for name in (*WANTED, *SHOWN):
         above = ROOT / name
         for path in sorted([above] if above.is_file() else above.rglob("*")):
             if path.is_file() and path.suffix in KINDS and path not in OWN and "__pycache__" not in path.parts:

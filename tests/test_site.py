@@ -59,7 +59,8 @@ def test_the_navigation_has_every_page():
 def test_everything_that_the_site_is_made_of_is_in_the_sdist():
     told = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     inside = set(told["tool"]["hatch"]["build"]["targets"]["sdist"]["include"])
-    assert {*loaded("build_site").WANTED, "mkdocs.yml", "src", "tests", "Makefile"} <= inside
+    site = loaded("build_site")
+    assert {*site.WANTED, *site.SHOWN, "mkdocs.yml", "Makefile"} <= inside
 
 
 def test_the_extras_are_those_that_the_readme_names():
