@@ -23,16 +23,8 @@ import spryfl
 
 ROOT = Path(__file__).parents[1]
 PAGES, SITE = ROOT / "build" / "pages", ROOT / "build" / "site"
-WANTED = (
-    "README.md",
-    "CONTRIBUTING.md",
-    "CHANGELOG.md",
-    "SECURITY.md",
-    "docs",
-    "experiments",
-    "benchmarks",
-    "examples",
-)
+WANTED = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "docs", "experiments", "benchmarks")
+SHOWN = ("examples", "tests", "src")  # sources that pages link to
 KINDS = {".md", ".png", ".svg", ".py", ".toml", ".sh", ".json"}
 OWN = {Path(__file__), Path(__file__).with_name("docstrings.py")}
 LINK = re.compile(r"(\]\()([^)\s#:]+)((?:#[^)\s]*)?\))")
