@@ -73,12 +73,6 @@ def deal(experiment: Experiment, corpus: data.Corpus) -> tuple[tuple[int, ...], 
     return make(labels, groups, experiment.partition.clients, noise.child_seed(experiment.seed, "partition"))
 
 
-def _drawn(experiment: Experiment) -> int:
-    """The seed of what the model's files lack: the run's, or that of the adapter it starts from."""
-    seed, start = noise.child_seed(experiment.seed, "model"), experiment.model.adapter
-    return models.drawn(Path(start), seed) if start else seed
-
-
 def load_model(experiment: Experiment, labels: tuple[str, ...]) -> Model:
     """The experiment's model with its adapter."""
     m, seed = experiment.model, noise.child_seed(experiment.seed, "model")
@@ -88,7 +82,7 @@ def load_model(experiment: Experiment, labels: tuple[str, ...]) -> Model:
         revision=m.revision,
         attention=m.attention,
         trust_remote_code=m.trust_remote_code,
-        seed=_drawn(experiment),
+        seed=models.drawn(m.adapter, seed),
         task=(task := tasks.build(experiment.task)),
         stream=m.stream,
     )
@@ -341,7 +335,7 @@ def card(job: Job) -> dict[str, Any]:
         "labels": list(job.model.labels),
         "max_length": d.data.max_length,
         "method": d.method.name,
-        "seed": _drawn(d),
+        "seed": models.drawn(d.model.adapter, noise.child_seed(d.seed, "model")),
         **({"stream": True} if d.model.stream else {}),
     }
 
