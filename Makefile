@@ -1,10 +1,13 @@
-# Two commands for a fresh clone: `make quickstart` and `make test`.
+# Three commands for a fresh clone: `make quickstart`, `make test`, `make docs`.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?= -n 2 --dist loadgroup
 
-.PHONY: quickstart test clean
+.PHONY: quickstart test docs clean
+# What `make quickstart` changes of the quickstart's settings, for a shorter one: QUICKSTART_ARGS="--rounds 2"
+QUICKSTART_ARGS ?=
+OUT ?= runs/quickstart-$$(date +%Y%m%d-%H%M%S)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -19,10 +22,14 @@ $(VENV)/.test: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e ".[test]"
 	@touch $@ $(VENV)/.quickstart
 
+$(VENV)/.docs: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e ".[docs]"
+	@touch $@
+
 quickstart: $(VENV)/.quickstart  ## finetune MiniLM with Spry, then its head alone by the same settings, and compare
-	@out=runs/quickstart-$$(date +%Y%m%d-%H%M%S); set -e; \
-	$(BIN)/spryfl run --out $$out --name spry; \
-	$(BIN)/spryfl run --out $$out --name head-alone --set method.assignment.kind=nobody; \
+	@out=$(OUT); set -e; \
+	$(BIN)/spryfl run --out $$out --name spry $(QUICKSTART_ARGS); \
+	$(BIN)/spryfl run --out $$out --name head-alone --set method.assignment.kind=nobody $(QUICKSTART_ARGS); \
 	$(BIN)/spryfl report $$out/spry $$out/head-alone
 
 test: $(VENV)/.test  ## the whole suite, with lint and types
@@ -30,6 +37,9 @@ test: $(VENV)/.test  ## the whole suite, with lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+docs: $(VENV)/.docs  ## the documentation site in build/site, warnings as errors
+	$(BIN)/python docs/build_site.py
 
 clean:  ## what the commands above made, but not runs/
 	rm -rf $(VENV) .venv-wheel build dist .pytest_cache .mypy_cache .ruff_cache

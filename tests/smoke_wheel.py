@@ -41,6 +41,14 @@ def test_a_short_run_of_the_main_job(tmp_path):
     folder = tmp_path / "runs" / "smoke"
     for name in ("config.toml", "records.jsonl", "run.json", "adapter/adapter_model.safetensors", "curves.png"):
         assert (folder / name).is_file(), name
+    shown = spry("report", "runs/smoke", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "uPlot" in page
+    assert "No prediction" not in page
     told = spry("predict", "runs/smoke", "Return the sum of two arrays along an axis.", cwd=tmp_path)
     assert told.returncode == 0, told.stderr
     assert "=" in told.stdout
+    made = spry("export", "runs/smoke", "merged", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert (tmp_path / "merged" / "model.safetensors").is_file()

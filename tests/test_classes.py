@@ -30,6 +30,7 @@ from spryfl import (
     models,
     noise,
     packing,
+    plan,
     server,
     sizing,
     train,
@@ -518,20 +519,6 @@ def test_a_class_keeps_the_methods_options_of_the_same_kind():
 # Memory --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("2GB", 2e9), ("800 MB", 8e8), ("1.5GiB", 1.5 * 2**30), ("1e9", 1e9), ("64kb", 64e3), ("3TB", 3e12), ("7B", 7)],
-)
-def test_sizes(text, expected):
-    assert sizing.nbytes(text) == expected
-
-
-@pytest.mark.parametrize("text", ["", "GB", "-2GB", "2 G", "0MB", "1.2.3GB", "two"])
-def test_what_is_no_size(text):
-    with pytest.raises(ValueError, match="is no size"):
-        sizing.nbytes(text)
-
-
 MEMORY = [
     {"name": "large", "share": 0.5, "memory": "4GB"},
     {"name": "small", "share": 0.25, "memory": "3GB", "lr": 0.5},
@@ -553,7 +540,7 @@ def planner(monkeypatch):
         made = replace(method, estimator=kind, head="shared" if large else "exact")
         return SimpleNamespace(setting=SimpleNamespace(method=made, micro_batch=0 if large else 2, stream=False))
 
-    monkeypatch.setattr(sizing, "fitting", fitting)
+    monkeypatch.setattr(plan, "fitting", fitting)
     return asked
 
 

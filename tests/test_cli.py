@@ -253,8 +253,12 @@ class TestUse:
 
     def test_report_of_one(self, done, spryfl, tmp_path):
         picture = tmp_path / "a.png"
-        code, out, err = spryfl("report", done[0], "--to", picture)
+        code, out, err = spryfl("report", done[0], "--to", picture, "--out", tmp_path / "pages")
         assert (code, err) == (0, "")
+        assert f"page    {tmp_path / 'pages' / 'report.html'}" in out
+        page = (tmp_path / "pages" / "report.html").read_text()
+        assert "foretold" in page
+        assert "No prediction" not in page
         assert "complete" in out
         assert "accuracy" in out
         assert "…" not in out
@@ -262,7 +266,10 @@ class TestUse:
 
     def test_report_of_two(self, done, flags, spryfl, tmp_path):
         assert spryfl("run", *flags, "--method", "fedavg", "--out", tmp_path, "--name", "two")[0] == 0
-        out = spryfl("report", done[0], tmp_path / "two", "--to", tmp_path / "a.png")[1]
+        out = spryfl("report", done[0], tmp_path / "two", "--out", tmp_path / "a.html", "--no-memory")[1]
+        assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in (tmp_path / "curves.svg").read_text()
+        assert "spryfl report" in (tmp_path / "a.html").read_text()
         assert "method.estimator.kind" in out
         assert "train.rounds" not in out
 
@@ -270,6 +277,19 @@ class TestUse:
         folder = Path(shutil.copytree(done[0], tmp_path / "one"))
         (folder / "records.jsonl").unlink()
         assert spryfl("report", folder)[0] == 0
+        assert (folder / "report.html").is_file()
+
+    def test_the_page_is_no_picture(self, done, spryfl, tmp_path):
+        code, _, err = spryfl("report", done[0], "--out", tmp_path / "a.png")
+        assert (code, "--to is for the picture" in err) == (2, True)
+
+    def test_a_name_is_no_formula(self, done, spryfl, tmp_path):
+        """Pictures show it as it is; one that begins with "_" too."""
+        folders = [Path(shutil.copytree(done[0], tmp_path / name)) for name in ("_a", "$\\frac$")]
+        code, _, err = spryfl("report", *folders, "--no-memory")
+        assert (code, err) == (0, "")
+        svg = (tmp_path / "curves.svg").read_text()
+        assert svg.count("<!--  _a -->") == svg.count("<!-- $\\frac$ -->") == 1
 
 
 def lines(rows, head="text,label"):

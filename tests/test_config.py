@@ -6,7 +6,7 @@ import tomllib
 
 import pytest
 
-from spryfl import methods
+from spryfl import methods, options
 from spryfl.adapters import ADAPTERS
 from spryfl.config import Experiment, assignment, merge, nested, parse
 from spryfl.methods import METHODS, Method
@@ -361,3 +361,16 @@ def test_a_list_of_options_comes_back(values):
 def test_several_mistakes_are_said_together():
     said = refused({"sead": 1, "train": {"rouns": 2, "cohort": 0}})
     assert len(said.splitlines()) == 3
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("6GB", 6e9), ("800 MB", 8e8), ("1.5GiB", 1.5 * 2**30), ("64kb", 64e3), ("3TB", 3e12), ("2g", 2e9),
+])  # fmt: skip
+def test_sizes(text, expected):
+    assert options.nbytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "6", "GB", "-2GB", "0MB", "1.2.3GB", "two", "6XB", "1e9B"])
+def test_what_is_no_size(text):
+    with pytest.raises(ValueError, match="is no size"):
+        options.nbytes(text)

@@ -24,7 +24,7 @@ BLOCKS = {0: ("a", "b"), 1: ("a",), 2: ()}  # below a cut under the last .. bloc
 def factor(d, options):
     """E|g_hat - g|^2 / |g|^2 in d dimensions."""
     k = options.get("directions", 1)
-    if options.get("distribution") == "orthogonal":
+    if options.get("distribution") in ("orthogonal", "basis"):
         return d / k - 1
     return (d + (1 if options.get("distribution", "gaussian") == "gaussian" else -1)) / k
 

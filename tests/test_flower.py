@@ -28,9 +28,9 @@ from flwr.app import Context, RecordDict
 from flwr.clientapp import ClientApp
 from grids import RUN, HereGrid, InMemoryHere
 
-from spryfl import api, train, wire
+from spryfl import api, packing, plan, train, wire
 from spryfl.config import parse
-from spryfl.engines import flower_grid, flower_server
+from spryfl.engines import flower_client, flower_grid, flower_server
 from spryfl.engines.flower import client_app
 from spryfl.engines.flower_letters import letter, opened
 from spryfl.methods import METHODS
@@ -78,6 +78,18 @@ class TestEquality:
     def test_and_other_choices(self, changes, given, tmp_path):
         over_flower(given(**changes), tmp_path / "flower")
         assert_same(tmp_path / "flower", in_process(given(**changes), tmp_path / "here"))
+
+    def test_what_fits_a_class_is_chosen_by_the_server_alone(self, given, tmp_path, monkeypatch):
+        small = {"name": "small", "share": 0.5, "memory": "3GB"}
+        one = given(method={"name": "fedavg", "classes": [small]})
+        asked, real = [], plan.fitting
+        monkeypatch.setattr(plan, "fitting", lambda *given, **more: asked.append(given[0]) or real(*given, **more))
+        here = in_process(one, tmp_path / "here")
+        chosen = len(asked)
+        over_flower(one, tmp_path / "flower")
+        assert chosen > 0
+        assert len(asked) == 2 * chosen
+        assert_same(tmp_path / "flower", here)
 
     def test_many_clients_sit_on_few_nodes(self, given, tmp_path):
         one = given(partition={"clients": 12}, train={"cohort": 6})
@@ -420,6 +432,22 @@ class TestSites:
         nodes[21]["model"] = str(other)
         with pytest.raises(ValueError, match="its frozen model is another"):
             over_flower(one, tmp_path / "flower", nodes)
+
+    def test_a_site_of_a_streaming_class_never_opens_the_whole_model(self, three, tiny, tmp_path, monkeypatch):
+        one, nodes, _ = three
+        packing.pack(str(tiny), tmp_path / "packed", precision="float32")
+        one["model"] = {"name": str(tmp_path / "packed")}
+        one["method"] = {"name": "fedavg", "classes": [{"name": "small", "clients": [1], "stream": True}]}
+        here = in_process(one, tmp_path / "here")
+        opened_, real = [], flower_client.opened_model
+        flower_client._cached.clear()
+        flower_client._jobs.clear()
+        monkeypatch.setattr(
+            flower_client, "opened_model", lambda e, labels: opened_.append(e.model.stream) or real(e, labels)
+        )
+        over_flower(one, tmp_path / "flower", nodes)
+        assert opened_ == [True] * 3 + [False, True, False]  # to be looked at once; then each site to train
+        assert_same(tmp_path / "flower", here)
 
     def test_what_needs_all_rows_is_refused(self, three, tmp_path):
         one, nodes, _ = three

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 import transformers
@@ -61,8 +63,8 @@ def config(family, layers):
     return getattr(transformers, kind)(**values, num_hidden_layers=layers)
 
 
-def outline(family, layers, precision=""):
-    return outlined(family, config(family, layers), ("0", "1"), adapters.lora(), TASK, precision)
+def outline(family, layers, precision="", adapter=None):
+    return outlined(family, config(family, layers), ("0", "1"), adapter or adapters.lora(), TASK, precision)
 
 
 def late(of, layers):
@@ -71,7 +73,7 @@ def late(of, layers):
     return [unit for unit in of.units if unit.head or any(end in unit.name for end in ends)]
 
 
-def real(family, layers, method, mine, micro_batch=0, precision=""):
+def real(family, layers, method, mine, micro_batch=0, precision="", adapter=None):
     """(the count of one real step, bytes of the prefix)."""
     base = models.empty(config(family, layers), TASK)
     if precision:
@@ -80,7 +82,7 @@ def real(family, layers, method, mine, micro_batch=0, precision=""):
             for name, child in list(parent.named_children()):
                 if type(child) is torch.nn.Linear:
                     setattr(parent, name, pack(child, precision))
-    made = adapters.wrap(base, adapters.lora())
+    made = adapters.wrap(base, adapter or adapters.lora())
     names = [name for unit in made.units if unit in mine for name in unit.params]
     head = frozenset(name for unit in made.units if unit.head for name in unit.params)
     fixed = tree.without(made.params, names)
@@ -108,6 +110,23 @@ def test_a_step_holds_what_was_foretold(way):
         assert min(found) >= 0
 
 
+@pytest.mark.parametrize("way", ["backprop", "forward, K = 4", "exact head"])
+@pytest.mark.parametrize("numbers", [[5], [1, 2]])
+def test_an_adapter_on_some_blocks_alone(numbers, way):
+    """The short forms have it where the model has it; a client that moves the head alone is foretold too."""
+    adapter = adapters.lora(layers=numbers)
+    of = outline("roberta", 6, adapter=adapter)
+    assert len([unit for unit in of.units if not unit.head]) == 2 * len(numbers)
+    for mine in (of.units, [unit for unit in of.units if unit.head]):
+        count, _ = real("roberta", 6, WAYS[way], mine, adapter=adapter)
+        same(footprint(of, WAYS[way], mine, rows=ROWS, tokens=TOKENS).step, count)
+
+
+def test_an_adapter_on_a_block_that_is_not_there():
+    with pytest.raises(ValueError, match=r"layers \[9\]"):
+        outline("roberta", 6, adapter=adapters.lora(layers=[9]))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("way", WAYS)
@@ -117,6 +136,16 @@ def test_in_every_family(family, way, layers):
     for mine in (of.units, late(of, layers), of.units[::3]):
         count, _ = real(family, layers, WAYS[way], mine)
         same(footprint(of, WAYS[way], mine, rows=ROWS, tokens=TOKENS).step, count)
+
+
+@pytest.mark.parametrize("way", ["forward", "in chunks", "exact top"])
+def test_tangents_that_are_used_again_are_foretold(way, monkeypatch):
+    """Large ones come from the engine's pool, which looks at who else holds a buffer."""
+    of = outline("llama", 4)
+    monkeypatch.setattr(sys.modules[__name__], "ROWS", 16)
+    monkeypatch.setattr(sys.modules[__name__], "TOKENS", 128)
+    count, _ = real("llama", 4, WAYS[way], of.units)
+    same(footprint(of, WAYS[way], rows=16, tokens=128).step, count)
 
 
 @pytest.mark.parametrize("way", ["checkpointed", "exact head"])

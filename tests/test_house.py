@@ -18,24 +18,25 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # From the bottom to the top. A file imports from lower ranks alone; what stands in one group may import each other.
 RANKS: list[list[str]] = [
     ["types"],
-    ["tree", "noise", "wire", "jvp", "hub"],
+    ["tree", "noise", "wire", "jvp", "hub", "registry"],
     ["data"],
     ["estimators", "assign", "optimizers", "aggregate", "privacy", "partition", "adapters", "tasks", "backbone"],
-    ["classes", "seeds"],
+    ["classes", "seeds", "rules"],
     ["hooks", "choices", "trace", "options", "provenance", "firstbatch"],
     ["layout", "ledger", "methods", "sections"],
-    ["loss", "costs", "opened", "named"],
+    ["loss", "costs", "opened", "named", "plain"],
     ["models", "config", "journal"],
-    ["client", "server", "packing"],
+    ["client", "server", "packing", "merging"],
     ["footprint", "figures"],
     ["train", "plan"],
     ["sizing"],
-    ["engines", "testing"],
+    ["engines", "testing", "probe"],
     ["job"],
     ["api", "report", "screen", "explain", "advice"],
     ["flower"],
-    ["pictures"],
+    ["pictures", "page", "foretold", "track"],
     ["compare"],
+    ["tune"],
     ["sites"],
     ["commands"],
     ["cli"],
@@ -43,7 +44,7 @@ RANKS: list[list[str]] = [
 # A folder is one place: files import each other downwards.
 PACKAGES = (
     *("costs", "jvp", "backbone", "data", "estimators", "engines", "tasks", "adapters", "footprint"),
-    *("flower", "sites", "commands"),
+    *("flower", "sites", "commands", "page"),
 )
 HUGGING_FACE = {"transformers", "peft", "datasets", "tokenizers", "accelerate"}
 MAY_USE = {
@@ -51,10 +52,13 @@ MAY_USE = {
     "peft": {"adapters"},
     "datasets": {"data"},
     "matplotlib": {"pictures"},
+    "jinja2": {"page"},
+    "tensorboard": {"track"},
     "rich": {"commands", "screen"},
     "typer": {"commands"},
     "pydantic": {"config", "options", "sections"},
     "flwr": {"flower"},
+    "optuna": {"tune"},
     "cryptography": {"sites"},
     "bitsandbytes": {"backbone"},
 }
@@ -132,6 +136,13 @@ def test_pictures_are_made_from_what_the_report_read():
     used = imports(SOURCE / "pictures.py")
     assert {own(name) for name in used} - {None} == {"report"}
     assert "torch" not in {name.split(".")[0] for name in used}
+
+
+@pytest.mark.parametrize("path", sorted((SOURCE / "page").glob("*.py")), ids=lambda p: p.name)
+def test_the_page_is_made_from_what_the_report_read(path):
+    used = imports(path)
+    assert {own(name) for name in used} - {None} <= {"report", "page"}
+    assert not {name.split(".")[0] for name in used} & {"torch", "matplotlib"}
 
 
 def test_client_and_server_do_not_know_each_other():

@@ -90,15 +90,6 @@ def test_progress_is_the_law():
     )
 
 
-def test_sizes():
-    assert [advice.memory(text) for text in ("6GB", "800MB", "1.5GiB", "2 gb", "512MiB")] == [
-        6 * 10**9, 800 * 10**6, 3 * 2**29, 2 * 10**9, 2**29,
-    ]  # fmt: skip
-    for text in ("", "6", "GB", "-1GB", "0GB", "6XB", "1e9B"):
-        with pytest.raises(ValueError, match="is no size"):
-            advice.memory(text)
-
-
 def test_the_answer_is_ordered_and_drawn(tmp_path):
     answer = advice.advise(OF, [methods.spry()], **BATCH)
     assert answer.fits

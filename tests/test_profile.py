@@ -69,7 +69,9 @@ def test_a_peak_between_marks_is_seen_and_belongs_to_its_phase():
 def test_a_mark_looks_itself():
     with watched(every=60) as watch:
         start = resident().anonymous
-        with mmap.mmap(-1, 30 * MB) as fresh:  # not the C library's, which has freed blocks at hand
+        with mmap.mmap(
+            -1, 30 * MB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        ) as fresh:  # the C library has freed blocks at hand
             fresh.write(b"1" * (30 * MB))
             watch.mark("then")
     assert watch.peaks[0][1].anonymous - start > 29 * MB
@@ -88,14 +90,11 @@ def test_pages_of_a_folder_are_those_that_were_touched(tmp_path):
     assert pages_of(str(tmp_path / "a")) == 0
 
 
-LEAN = """
+FREED = """
 import sys, torch
-from spryfl.backbone.stream import lean
 from spryfl.costs.resident import resident
-if sys.argv[1] == "lean":
-    lean()
-for _ in range(3):
-    torch.ones(4_000_000)  # what the C library learns from: a large block was freed
+from spryfl.jvp.memory import keep_freed, return_freed
+{told}
 held = [torch.ones(500_000) for _ in range(40)]
 before = resident().anonymous
 del held[::2]
@@ -105,13 +104,18 @@ print(before - resident().anonymous)
 
 @linux
 @pytest.mark.slow
-def test_a_lean_process_gives_freed_blocks_back():
-    """20 blocks of 2 MB among 20 that live: kept by glibc otherwise, as they are smaller than what it has learnt."""
-    freed = [
-        int(subprocess.run([sys.executable, "-c", LEAN, word], check=True, capture_output=True, text=True).stdout)
-        for word in ("lean", "as it is")
-    ]
-    assert freed[0] > 38 * MB > 10 * MB > freed[1]
+@pytest.mark.parametrize(("told", "given_back"), [
+    ("keep_freed()", False),
+    ("return_freed()", True),
+    ("keep_freed(); return_freed()", True),
+    ("return_freed(); keep_freed()", False),  # a forward step after one by reverse mode
+    ("return_freed(streams=True); keep_freed()", True),  # a process that streams its model stays small
+])  # fmt: skip
+def test_freed_blocks_are_kept_or_given_back(told, given_back):
+    """20 blocks of 2 MB among 20 that live."""
+    words = [sys.executable, "-c", FREED.format(told=told)]
+    freed = int(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+    assert freed > 38 * MB if given_back else freed < 10 * MB
 
 
 # What a step holds.

@@ -41,6 +41,7 @@ PAGES = {
     "add_an_estimator.md": "own_estimator.py",
     "add_an_adapter.md": "own_adapter.py",
     "add_a_task.md": "own_task.py",
+    "add_an_engine.md": "own_engine.py",
 }
 ESTIMATORS = methods.REGISTRIES["estimator"]
 REGISTRIES = {"own_estimator": ESTIMATORS, "own_adapter": adapters.ADAPTERS, "own_task": tasks.TASKS}

@@ -6,7 +6,6 @@ they are what a user would pick instead. Cost: some steps without storage, see p
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -17,8 +16,6 @@ from spryfl.costs import Costs
 from spryfl.footprint import Outline, held
 from spryfl.plan import Client, Planned, heaviest, placed, ranked, said, shown, too_small, variants, ways
 from spryfl.types import Passes
-
-_UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 class Row(NamedTuple):
@@ -36,21 +33,6 @@ class Advice(NamedTuple):
     rows: list[Row]
     text: str
     fits: bool
-
-
-def memory(text: str) -> int:
-    """Bytes from a size with its unit.
-
-    >>> memory("6GB"), memory("1.5 GiB"), memory("800MB")
-    (6000000000, 1610612736, 800000000)
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
-    units = {**{name.lower(): size for name, size in _UNITS.items()}, "g": 10**9, "m": 10**6, "k": 10**3}
-    if not found or found[2].lower() not in units or not float(found[1]):
-        raise ValueError(
-            f'memory = "{text}" is no size. Give a number above 0 and a unit: 6GB, 800MB, 1.5GiB ({", ".join(_UNITS)}).'
-        )
-    return int(float(found[1]) * units[found[2].lower()])
 
 
 def advise(

@@ -47,6 +47,9 @@ def mean(weigh: str = "examples") -> Aggregator:
     Args:
         weigh: "examples", or "variance" as well.
 
+    Raises:
+        ValueError: the option is not possible.
+
     >>> from torch import tensor
     >>> mean()([{"a": tensor([1.0])}, {"a": tensor([5.0]), "b": tensor([2.0])}], [3, 1])
     {'a': tensor([2.]), 'b': tensor([2.])}
@@ -96,6 +99,9 @@ def trimmed_mean(share: float = 0.2) -> Aggregator:
     Args:
         share: of the m holders of a name, floor(share m) are dropped at each end, in [0, 0.5). With fewer than
             1 / share holders that is nobody, and what is left is the plain unweighted mean.
+
+    Raises:
+        ValueError: the option is not possible.
 
     >>> from torch import tensor
     >>> trimmed_mean(0.25)([{"a": tensor([v])} for v in (1.0, -9e9, 3.0, 9e9)], [1, 1, 1, 1])

@@ -34,7 +34,13 @@ def everyone() -> Assignment:
 
 
 def no_unit(units: Sequence[Unit], cohort: Sequence[int], round_: int) -> dict[int, tuple[Unit, ...]]:
-    """What `nobody` builds; by it the server knows that the adapters never move and need not travel."""
+    """What `nobody` builds; by it the server knows that the adapters never move and need not travel.
+
+    Args:
+        units: not looked at.
+        cohort: numbers of the clients of the round.
+        round_: not looked at.
+    """
     return dict.fromkeys(cohort, ())
 
 
@@ -151,6 +157,9 @@ def few(units: int = 1) -> Assignment:
     Args:
         units: of each client.
 
+    Raises:
+        ValueError: fewer than 1 unit.
+
     >>> from spryfl.types import Unit
     >>> split = few(1)([Unit(n, (n,), 1) for n in "abcde"], [7, 9], round_=1)
     >>> {client: [unit.name for unit in units] for client, units in split.items()}
@@ -191,7 +200,15 @@ ASSIGNMENTS: dict[str, Callable[..., Assignment]] = {
 def dealt(
     assign: Assignment, units: Sequence[Unit], cohort: Sequence[int], round_: int, owners: Owners
 ) -> dict[int, tuple[Unit, ...]]:
-    """What `assign` deals to one class of a cohort, told how many owners each unit has, if it looks at that."""
+    """What `assign` deals to one class of a cohort, told how many owners each unit has, if it looks at that.
+
+    Args:
+        assign: a way to deal units.
+        units: those to be dealt.
+        cohort: numbers of this class's clients in the round.
+        round_: 1 is the first.
+        owners: unit name -> how many clients of other classes have it already.
+    """
     looks = owners and "owners" in inspect.signature(assign).parameters
     return assign(units, cohort, round_, **({"owners": owners} if looks else {}))
 

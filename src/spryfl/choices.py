@@ -17,8 +17,10 @@ choice is a registry's key or a builder of yours. Costs nothing.
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -28,8 +30,9 @@ from spryfl import classes as sorts
 from spryfl.aggregate import AGGREGATORS, Aggregator, TooFewError
 from spryfl.assign import ASSIGNMENTS, Assignment, no_unit
 from spryfl.classes import ClientClass, Group
-from spryfl.estimators import DENSE, ESTIMATORS
-from spryfl.optimizers import LOCAL, OPTIMIZERS, SCHEDULES, Optimizer
+from spryfl.estimators import ESTIMATORS
+from spryfl.optimizers import LOCAL, OPTIMIZERS, SCHEDULES, Optimizer, warmed
+from spryfl.rules import check_together
 from spryfl.seeds import SEEDS, Seeds
 from spryfl.types import Estimator
 
@@ -82,11 +85,18 @@ class Method:
     aggregate: Choice = _choice("mean")
     server_optimizer: Choice = _choice("sgd")
     average: float = 0.0  # decay of a mean of the values over the rounds, which is evaluated; 0 = the values themselves
+    average_debiased: bool = False  # without the start's share in that mean
     gate: float = 0.0  # largest variance, a value, of a client's mean gradient that is aggregated; 0 = any
-    guide: bool = False  # send the last pseudo-gradient, for an estimator with candidates
+    guide: bool = False  # send the last pseudo-gradient, for an estimator with candidates or a guided one
+    guide_decay: float = 0.0  # of what is sent: guide = decay guide + pseudo-gradient; 0 = the last one alone
     head: str = "shared"
     head_lr: float = 1.0  # factor on the head's local learning rate
     schedule: str = "constant"  # of the local learning rate over the rounds, of the server's without local steps
+    warmup: float = 0.0  # share of the run in which that rate rises, from a tenth of it
+    server_schedule: str = "constant"  # of the server's learning rate, beside local steps
+    server_warmup: float = 0.0
+    growth: float = 1.0  # directions a batch at the end of the run, of those at its start
+    shrink: bool = False  # local rates times 1 / (1 + relative variance of the estimate): K / (d + K + 1)
     sharing: str = "federated"
     classes: tuple[ClientClass, ...] = ()  # of clients that do something otherwise; empty = all are alike
     summary: str = ""
@@ -110,6 +120,12 @@ class Built(NamedTuple):
     head_lr: float
     schedule: Callable[[float], float]
     alone: bool
+    server_schedule: Callable[[float], float] | None = None  # None = constant
+    growth: float = 1.0
+    grown: Callable[[str, float], Estimator] | None = None  # (class, factor) -> its estimator with more directions
+    shrink: bool = False
+    guide_decay: float = 0.0
+    average_debiased: bool = False
     by_noise: bool = False  # answers are weighed by the relative variance of their estimates
     classes: tuple[Group, ...] = ()  # of clients; empty = all are alike
     member: Callable[[int], str] = lambda client: ""  # client -> the name of its class
@@ -129,12 +145,16 @@ class Built(NamedTuple):
         """Whether any client ever moves a unit, not the head alone."""
         return any(one.assign is not no_unit for one in self.groups)
 
-    def of(self, name: str) -> Built:
-        """The method as the clients of one class know it."""
-        for one in self.classes:
-            if one.name == name:
-                return self._replace(estimator=one.estimator, assign=one.assign, classes=())
-        return self
+    def of(self, name: str, growth: float = 1.0) -> Built:
+        """The method as the clients of one class know it, with so many times as many directions."""
+        known = next((one for one in self.classes if one.name == name), None)
+        own = self._replace(estimator=known.estimator, assign=known.assign, classes=()) if known else self
+        return own._replace(estimator=self.grown(name, growth)) if self.grown and growth != 1 else own
+
+    def decay(self, round_: int) -> float:
+        """Of the mean over the rounds: in round t b (1 - b^(t-1)) / (1 - b^t) where it holds nothing of the start."""
+        b, t = self.average, round_
+        return b * (1 - b ** (t - 1)) / (1 - b**t) if self.average_debiased else b
 
     @property
     def follows(self) -> bool:
@@ -143,7 +163,12 @@ class Built(NamedTuple):
 
 
 def builder(what: str, kind: str | Callable[..., Any]) -> Callable[..., Any]:
-    """The builder of a choice: the registry's, or the callable itself."""
+    """The builder of a choice: the registry's, or the callable itself; a ValueError if there is no such name.
+
+    Args:
+        what: a key of REGISTRIES: "estimator", "assignment" ...
+        kind: a name in that registry, or a builder of one's own.
+    """
     if callable(kind):
         return kind
     registry = REGISTRIES[what]
@@ -153,7 +178,11 @@ def builder(what: str, kind: str | Callable[..., Any]) -> Callable[..., Any]:
 
 
 def build(method: Method) -> Built:
-    """The functions that a method's choices name; a ValueError says which choice does not fit."""
+    """The functions that a method's choices name; a ValueError says which choice does not fit.
+
+    Args:
+        method: the record.
+    """
     _check(method)
     built = Built(
         estimator=_estimator(method.estimator, method.head),
@@ -168,13 +197,19 @@ def build(method: Method) -> Built:
         guide=method.guide,
         split_head=method.head == "split",
         head_lr=method.head_lr,
-        schedule=SCHEDULES[method.schedule],
+        schedule=warmed(SCHEDULES[method.schedule], method.warmup),
+        server_schedule=_server_schedule(method),
+        growth=method.growth,
+        grown=_grower(method) if method.growth > 1 else None,
+        shrink=method.shrink,
+        guide_decay=method.guide_decay,
+        average_debiased=method.average_debiased,
         alone=method.sharing == "alone",
         by_noise=method.aggregate.get("weigh") == "variance",
         classes=tuple(_group(one) for one in parties(method)) if method.classes else (),
         member=sorts.member(method.classes),
     )
-    _check_together(method, built)
+    check_together(method, built, parties(method))
     return built
 
 
@@ -198,13 +233,38 @@ def _group(one: ClientClass) -> Group:
     return Group(one.name, estimator, _made("assignment", one.assignment), one.lr, one.absent)
 
 
+def _server_schedule(method: Method) -> Callable[[float], float] | None:
+    plain = method.server_schedule == "constant" and not method.server_warmup
+    return None if plain else warmed(SCHEDULES[method.server_schedule], method.server_warmup)
+
+
+def grown(choice: Choice, factor: float) -> Choice:
+    """An estimator's choice with so many times as many directions a batch; one without directions as it is."""
+    many = {"directions": max(1, round(choice["directions"] * factor))} if "directions" in choice else {}
+    return {**choice, **many}
+
+
+def evenly(method: Method) -> Method:
+    """The method with its mean number of directions all along: growth is (g - 1) / ln g of the start in the mean."""
+    if method.growth <= 1:
+        return method
+    factor = (method.growth - 1) / math.log(method.growth)
+    classes = tuple(replace(one, estimator=grown(one.estimator, factor)) for one in method.classes)
+    return replace(method, estimator=grown(method.estimator, factor), classes=classes, growth=1.0)
+
+
+def _grower(method: Method) -> Callable[[str, float], Estimator]:
+    by_name = {one.name: one for one in parties(method)}
+
+    @functools.lru_cache(maxsize=64)
+    def made(name: str, factor: float) -> Estimator:
+        return _estimator(grown(by_name[name].estimator, factor), by_name[name].head)
+
+    return made
+
+
 def _estimator(choice: Choice, head: str) -> Estimator:
     return _made("estimator", choice, **({"exact_head": True} if head == "exact" else {}))
-
-
-def _dense(choice: Choice) -> bool:
-    """Whether an estimator draws no direction; one of the user's own may."""
-    return choice["kind"] in DENSE if isinstance(choice["kind"], str) else False
 
 
 def _check(method: Method) -> None:
@@ -223,136 +283,33 @@ def _check(method: Method) -> None:
         ("head", method.head, HEADS),
         ("exchange", method.exchange, EXCHANGES),
         ("schedule", method.schedule, SCHEDULES),
+        ("server_schedule", method.server_schedule, SCHEDULES),
         ("sharing", method.sharing, SHARING),
     ):
         if given not in known:
             raise ValueError(f'method.{what} = "{given}" is unknown. Possible: {", ".join(known)}.')
     if not method.head_lr > 0:
         raise ValueError(f"method.head_lr = {method.head_lr}: the factor on the head's learning rate must be above 0.")
+    for what, share in (("warmup", method.warmup), ("server_warmup", method.server_warmup)):
+        if not 0 <= share <= 1:
+            raise ValueError(f"method.{what} = {share}: the share of the run in which the rate rises is in [0, 1].")
+    if not 1 <= method.growth < math.inf:
+        raise ValueError(f"method.growth = {method.growth}: the factor on the directions must be 1 or more.")
+    if not 0 <= method.guide_decay < 1:
+        raise ValueError(f"method.guide_decay = {method.guide_decay}: the decay of the guide must be in [0, 1).")
     if not 0 <= method.average < 1:
         raise ValueError(f"method.average = {method.average}: the decay of the mean over the rounds must be in [0, 1).")
     if not method.gate >= 0:
         raise ValueError(f"method.gate = {method.gate}: the largest variance must be above 0, or 0 for any.")
 
 
-def _check_together(method: Method, built: Built) -> None:
-    """What two choices together must not be: each line says what, and what to do."""
-    all_ = parties(method)
-    estimators = [one.estimator for one in all_]
-    dense = all(_dense(one) for one in estimators)
-    kinds = ", ".join(f'"{one["kind"]}"' for one in estimators)
-    everyone = all(one.assignment["kind"] == "everyone" for one in all_)
-    for wrong, why in (
-        *_of_estimators(method, built, estimators, dense, kinds),
-        *_of_classes(method, built, dense, everyone),
-        (
-            method.aggregate["kind"] == "krum" and not everyone,
-            'aggregate = "krum" compares whole answers: it needs assignment "everyone".',
-        ),
-        (
-            built.local is None and method.head_lr != 1,
-            'head_lr has no effect with local_optimizer "none": no local step is taken. Remove it.',
-        ),
-        (
-            built.alone and (built.scalars or method.average or method.guide or method.aggregate["kind"] != "mean"),
-            'sharing = "alone" leaves nothing to exchange: it takes exchange "weights", aggregate "mean", no average '
-            "and no guide.",
-        ),
-    ):
-        if wrong:
-            raise ValueError(why)
-
-
-Rule = tuple[bool, str]  # (what must not be, what to say)
-
-
-def _of_estimators(
-    method: Method, built: Built, estimators: Sequence[Choice], dense: bool, kinds: str
-) -> tuple[Rule, ...]:
-    """What estimators, exchange, seeds and guide must not be together."""
-    seeded = ", ".join(key for key in ESTIMATORS if key not in DENSE)
-    guided = ", ".join(key for key, one in ESTIMATORS.items() if "candidates" in inspect.signature(one).parameters)
-    linear = built.local is not None and built.local.rate is not None and built.server.rate is not None
-    plain = (
-        method.aggregate["kind"] == "mean"
-        and not built.by_noise
-        and method.assignment["kind"] == "everyone"
-        and method.head_lr == 1
-        and not method.classes
-    )
-    candidates = max(one.get("candidates", 1) for one in estimators)
-    return (
-        (
-            built.scalars and dense,
-            f'exchange = "scalars" needs a seeded estimator; {kinds} returns a dense gradient.\n'
-            f'    Use exchange = "weights", or one of: {seeded}.',
-        ),
-        (
-            (candidates > 1) != method.guide,
-            f"method.guide = {method.guide} and estimator.candidates = {candidates} go "
-            f"together: the last pseudo-gradient is sent so that an estimator may choose among candidates. Set both, "
-            f"for {guided}; or neither.",
-        ),
-        (
-            bool(built.seeds.pool) and not (built.scalars and linear and plain),
-            f'seeds = "pool" sums scalars over the whole run: it needs exchange "scalars", sgd without momentum on '
-            f'both sides, aggregate "mean" weighed by examples, assignment "everyone", head_lr = 1 and no classes of '
-            f"clients; here {', '.join(_of_pool(method))}.",
-        ),
-        (
-            built.seeds.shared and dense,
-            f'seeds = "shared" has no effect with estimator {kinds}: it draws no direction. Remove it.',
-        ),
-    )
-
-
-def _of_classes(method: Method, built: Built, dense: bool, everyone: bool) -> tuple[Rule, ...]:
-    """What classes of clients and the weights of their answers must not be."""
-    rated = next((one.name for one in method.classes if one.lr != 1), "")
-    idle = next((one for one in parties(method) if one.assignment["kind"] == "nobody"), None)
-    return (
-        (
-            bool(method.classes) and method.sharing == "pooled",
-            'method.classes with sharing = "pooled": all data are in one place, there are no clients. Remove one.',
-        ),
-        (
-            bool(rated) and built.local is None,
-            f'method.classes: lr of "{rated}" has no effect with local_optimizer "none": no local step is taken.',
-        ),
-        (
-            bool(method.classes) and idle is not None and built.split_head,
-            f'method.classes: "{idle and idle.name}" has assignment "nobody", and head = "split" leaves it nothing to '
-            f'train. Use head = "shared".',
-        ),
-        (
-            built.by_noise and (dense or (not method.classes and everyone)),
-            'aggregate.weigh = "variance" has no effect where all answers are of equal variance: here '
-            + ("every gradient is exact." if dense else "all clients train everything by one estimator.")
-            + ' Use weigh = "examples".',
-        ),
-        (
-            built.alone and any(one.absent for one in method.classes),
-            'method.classes: absent clients with sharing = "alone" would be scored untrained. Remove absent.',
-        ),
-        (
-            built.by_noise and built.alone,
-            'aggregate.weigh = "variance" has no effect with sharing = "alone". Remove one of them.',
-        ),
-    )
-
-
-def _of_pool(method: Method) -> list[str]:
-    """What a pool of seeds asks of a method, as it is there."""
-    choices = {what: vars(method)[what] for what in ("local_optimizer", "server_optimizer", "aggregate", "assignment")}
-    said = [
-        f'{what} "{one["kind"]}"' + (f" with momentum {one['momentum']:g}" if one.get("momentum") else "")
-        for what, one in choices.items()
-    ]
-    return [f'exchange "{method.exchange}"', *said, f"head_lr = {method.head_lr:g}", f"{len(method.classes)} classes"]
-
-
 def check_cohort(method: Method, cohort: int) -> None:
-    """A ValueError if so few clients a round, all of them answering, are too few for the method's aggregate."""
+    """A ValueError if so few clients a round, all of them answering, are too few for the method's aggregate.
+
+    Args:
+        method: the record.
+        cohort: clients a round.
+    """
     robust = builder("aggregate", method.aggregate["kind"])(
         **{k: v for k, v in method.aggregate.items() if k != "kind"}
     )

@@ -119,7 +119,12 @@ def asked(one: ClientClass) -> ClientClass:
 
 
 def present(classes: Sequence[ClientClass], clients: int) -> tuple[int, ...]:
-    """The clients that may be asked."""
+    """The clients that may be asked.
+
+    Args:
+        classes: of the method.
+        clients: how many there are.
+    """
     of, absent = member(classes), {one.name for one in classes if one.absent}
     return tuple(client for client in range(clients) if of(client) not in absent)
 
@@ -161,7 +166,15 @@ def _dealt(shares: tuple[tuple[str, float], ...], count: int) -> tuple[str, ...]
 
 
 def check_members(classes: Sequence[ClientClass], clients: int) -> None:
-    """A ValueError if a class has no client among so many, or lists one that is not there, or nobody takes part."""
+    """A ValueError if a class has no client among so many, or lists one that is not there, or nobody takes part.
+
+    Args:
+        classes: of the method.
+        clients: how many there are.
+
+    Raises:
+        ValueError: which class does not fit.
+    """
     for one in classes:
         if one.clients and max(one.clients) >= clients:
             raise ValueError(

@@ -16,6 +16,8 @@ from spryfl.commands import app, err
 # Files of commands/, in the order of --help; importing one registers its commands.
 GROUPS = (
     "training",
+    "tuning",
+    "reporting",
     "tables",
     "answers",
     "planning",

@@ -48,6 +48,7 @@ class Walk:
     passes: Passes = Passes()
     scalars: Scalars = Scalars()
     noise: tuple[float, ...] = ()  # relative variance of the first estimate, by name
+    factors: dict[str, float] = field(default_factory=dict)  # on the steps of each value, where they are shrunk
     peak: int = 0
 
     def add(self, estimate: Estimate, scalars: bool) -> None:
@@ -72,7 +73,7 @@ def run(told: Instruction, method: Built, local: Local) -> Update:
         FloatingPointError: a loss or an estimate is not finite; the client then counts as failed.
         ValueError: directions made here are not those that the server makes.
     """
-    start, method = time.perf_counter(), method.of(told.client_class)
+    start, method = time.perf_counter(), method.of(told.client_class, told.growth)
     _same_noise(told)
     current = tree.to(told.params, local.device)
     score = lambda values: local.score(values, local.held_out()) if told.evaluate else (0, 0)  # noqa: E731
@@ -114,6 +115,9 @@ def _walk(told: Instruction, current: Params, method: Built, local: Local) -> Wa
         if method.by_noise and not step:
             predicted = noise.relative_variance(estimate.terms, walk.params)
             walk.noise = tuple(predicted[name] for name in told.names)
+        if method.shrink and not step:
+            walk.factors = ledger.shrunk(estimate.terms, walk.params)
+            scale = ledger.rates(told.names, told.lr_scale, method, loss_fn.head, walk.factors)
         walk.add(estimate, method.scalars)
         if method.gate or method.local is None:
             walk.total, walk.squares = tree.add(walk.total, grads), walk.squares + tree.norm(grads) ** 2
@@ -126,7 +130,8 @@ def _answer(told: Instruction, walk: Walk, method: Built) -> tuple[Params, Trace
     """(the dense part, the trace) of the answer: new values, or the mean gradient where no local step was taken."""
     count = len(walk.losses)
     if not method.scalars:
-        return (walk.params if method.local else tree.scale(walk.total, 1 / count)), None
+        mean = ledger.scaled(tree.scale(walk.total, 1 / count), walk.factors)
+        return (walk.params if method.local else mean), None
     seeded = [name for name in told.names if name not in walk.dense]
     made = trace.compress(walk.steps, seeded, told.names, told)
     dense = tree.select(walk.params, walk.dense) if method.local else tree.scale(walk.dense, 1 / count)

@@ -23,6 +23,7 @@ import torch
 
 from spryfl import config, job, journal, models, options, report, tasks
 from spryfl.config import Experiment
+from spryfl.data import Corpus
 from spryfl.job import Job
 from spryfl.journal import Journal
 from spryfl.methods import METHODS
@@ -69,6 +70,7 @@ def parse(given: Mapping[str, Any], labels: Sequence[str] = (), seeds: Sequence[
     """
     fields: dict[str, Any] = {"methods": (list[str], []), "seeds": (list[int], [])}
     fields |= {"budget": (dict[str, int | float], {}), "changes": (dict[str, dict[str, Any]], {})}
+    fields["target"] = (float, 0.0)  # of the metric: what it took to come there stands in the table
     section = given.get("compare", {})
     if not isinstance(section, Mapping):
         raise ValueError(f"compare = {section!r}: it is a section, [compare]. Its keys: {', '.join(fields)}.")
@@ -79,7 +81,7 @@ def parse(given: Mapping[str, Any], labels: Sequence[str] = (), seeds: Sequence[
     _check_changes(said["changes"], {*said["methods"], *chosen})
     changes = {label: said["changes"][label] for label in chosen if label in said["changes"]}
     own = {**said, "methods": chosen, "seeds": picked, "changes": changes}
-    base = {key: value for key, value in given.items() if key not in ("compare", "seed", "name")}
+    base = {key: value for key, value in given.items() if key not in ("compare", "tune", "seed", "name")}
     budget = _budget(said["budget"], base.get("train", {}))
     runs = {
         (label, seed): _experiment(base, label, changes.get(label, {}), budget, seed)
@@ -279,24 +281,35 @@ def _rehearse(made: Job) -> None:
         raise ValueError(f"compare, {made.experiment.name}: {error}") from None
 
 
-def _prepared(experiments: Sequence[Experiment]) -> list[Job]:
-    """Jobs of one seed. Data are read once; a model and its tokens once for all that have the same."""
-    if not experiments:
-        return []
-    first = experiments[0]
+class Common(NamedTuple):
+    """What runs on the same data share: read once, and loaded once for all that have it alike."""
+
+    corpus: Corpus
+    models: dict[str, Model]
+    tokens: dict[str, tuple[Rows, Rows]]
+
+    def job(self, e: Experiment) -> Job:
+        """One experiment's job."""
+        base = e.model.model_dump_json()
+        adapted = base + json.dumps(e.adapter)
+        if adapted not in self.models:
+            self.models[adapted] = job.load_model(e, self.corpus.labels)
+        if base not in self.tokens:
+            self.tokens[base] = job.encode(e, self.corpus, self.models[adapted])
+        return job.prepare(e, self.corpus, self.models[adapted], self.tokens[base])
+
+
+def common(first: Experiment) -> Common:
+    """The data of an experiment, its device and its threads."""
     models.usable(first.device)
     if first.threads:
         torch.set_num_threads(first.threads)
-    corpus = job.read(first)
-    loaded: dict[str, Model] = {}
-    tokens: dict[str, tuple[Rows, Rows]] = {}
-    out = []
-    for e in experiments:
-        base = e.model.model_dump_json()
-        adapted = base + json.dumps(e.adapter)
-        if adapted not in loaded:
-            loaded[adapted] = job.load_model(e, corpus.labels)
-        if base not in tokens:
-            tokens[base] = job.encode(e, corpus, loaded[adapted])
-        out.append(job.prepare(e, corpus, loaded[adapted], tokens[base]))
-    return out
+    return Common(job.read(first), {}, {})
+
+
+def _prepared(experiments: Sequence[Experiment]) -> list[Job]:
+    """Jobs of one seed."""
+    if not experiments:
+        return []
+    shared = common(experiments[0])
+    return [shared.job(e) for e in experiments]

@@ -141,6 +141,8 @@ def asked(experiment: Experiment) -> Experiment:
 
 def parse(given: Mapping[str, Any]) -> Experiment:
     """An experiment from nested plain values; every mistake in one ValueError, in the house's tone."""
+    if "tune" in given:
+        raise ValueError("[tune] has no effect on a single run. Remove it, or: spryfl tune --config FILE.")
     if "compare" in given:
         raise ValueError("[compare] has no effect on a single run. Remove it, or: spryfl compare --config FILE.")
     try:
@@ -287,6 +289,10 @@ def _consistent(experiment: Experiment) -> None:
         raise ValueError(
             f"train.tries = {train.tries} has no effect without train.min_answers. Set that, or remove it."
         )
+    if train.probe_every and not train.probe:
+        raise ValueError(f"train.probe_every = {train.probe_every} has no effect without train.probe. Set that: rows.")
+    if train.probe and experiment.method.sharing == "alone":
+        raise ValueError('train.probe has no effect with method.sharing = "alone": there is no round\'s direction.')
     if train.keep_prefix and train.epochs == 1:
         raise ValueError("train.keep_prefix has no effect with one local epoch: no batch comes twice. Remove it.")
     if train.keep_prefix and train.dropout:
@@ -317,6 +323,7 @@ def _private(experiment: Experiment) -> None:
             'method.exchange = "scalars" sends single answers on to others: use seeds "shared" with train.steps, where '
             'their sum is sent, or exchange "weights"',
         ),
+        (train.probe > 0, "train.probe records what the rows' exact gradient is; use 0"),
         (train.rest > 0 or train.tries > 1, "train.rest and train.tries choose clients by what they did: use 0 and 1"),
     ):
         if wrong:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from spryfl import (
     models,
     noise,
     partition,
+    probe,
     provenance,
     server,
     sizing,
@@ -60,20 +62,8 @@ class Job(NamedTuple):
 def read(experiment: Experiment) -> data.Corpus:
     """The experiment's data."""
     d = experiment.data
-    return data.load(
-        d.name,
-        text=d.text,
-        pair=d.pair,
-        label=d.label,
-        group=d.group,
-        test=d.test,
-        test_share=d.test_share,
-        train_rows=d.train_rows,
-        test_rows=d.test_rows,
-        seed=experiment.seed,
-        revision=d.revision,
-        needs=tasks.build(experiment.task).needs,
-    )
+    options = d.model_dump(exclude={"name", "max_length"})
+    return data.load(d.name, **options, seed=experiment.seed, needs=tasks.build(experiment.task).needs)
 
 
 def deal(experiment: Experiment, corpus: data.Corpus) -> tuple[tuple[int, ...], ...]:
@@ -92,7 +82,7 @@ def load_model(experiment: Experiment, labels: tuple[str, ...]) -> Model:
         revision=m.revision,
         attention=m.attention,
         trust_remote_code=m.trust_remote_code,
-        seed=seed,
+        seed=models.drawn(m.adapter, seed),
         task=(task := tasks.build(experiment.task)),
         stream=m.stream,
     )
@@ -144,7 +134,7 @@ def prepare(experiment: Experiment, corpus: data.Corpus, model: Model, tokens: t
 def _streamed(experiment: Experiment, corpus: data.Corpus) -> Model | None:
     """The packed model once more, for the classes of clients that stream it: units and values are the same."""
     section = experiment.model.model_copy(update={"stream": True})
-    wanted = any(one.stream for one in experiment.method.classes)
+    wanted = any(one.stream for one in experiment.method.classes) and not experiment.model.stream
     return load_model(experiment.model_copy(update={"model": section}), corpus.labels) if wanted else None
 
 
@@ -171,7 +161,7 @@ def _joined(parts: Sequence[Sequence[int]]) -> tuple[int, ...]:
 def predicted(job: Job) -> costs.Costs:
     """What the experiment's method costs at its shapes, a row as long as the mean of the training rows."""
     t, method = job.experiment.train, job.experiment.method
-    lengths = [len(one["input_ids"]) for row in job.rows.inputs for one in row]
+    lengths = tasks.lengths(job.rows)
     sequences = t.batch_size * len(lengths) // max(len(job.rows.inputs), 1)
     shapes = models.shapes_of(job.model.module, job.model.units, sequences, round(sum(lengths) / len(lengths)))
     steps = job.steps or t.epochs * math.ceil(sum(map(len, job.parts)) / len(job.parts) / t.batch_size)
@@ -237,6 +227,13 @@ def evaluate(job: Job) -> train.Evaluate:
     return every
 
 
+def watched(job: Job) -> train.Watch | None:
+    """What holds rounds against the true gradient, where that is asked for."""
+    t = job.experiment.train
+    asked = t.probe, t.probe_every, t.batch_size
+    return probe.watch(job.plan, job.rows, job.parts, functools.partial(_held, job), asked) if t.probe else None
+
+
 def own_models(job: Job, params: Params) -> list[Params]:
     """The models that a state holds: one, or one a client where nobody shares."""
     if not job.plan.method.alone:
@@ -260,14 +257,14 @@ def rehearse(job: Job) -> None:
     plan, (state, _) = job.plan, train.start(job.plan, job.model.params)
     first = {plan.method.member(client_): client_ for client_ in reversed(plan.method.present(plan.clients))}
     cohort = list(first.values()) if plan.method.classes else train.cohort(plan, 1)
-    told = server.begin(state, plan.units, cohort, plan.method, plan.seed)
+    told = server.begin(state, plan.units, cohort, plan.method, plan.seed, growth=plan.method.growth)
     told.sort(key=lambda one: tree.size(tree.select(one.params, one.names)))
     for one in told if plan.method.classes else {told[i].client: told[i] for i in (0, -1)}.values():
         values, (model, most) = tree.to(one.params, job.model.device), _held(job, one.client_class)
         loss_fn = models.loss_fn(model, tree.without(values, one.names), micro_batch=most)
         batch = tasks.collate(job.rows, job.parts[one.client][: 1 + most], job.model.device)
         seed, chosen = noise.child_seed(plan.seed, "rehearsal"), tree.select(values, one.names)
-        estimator = plan.method.of(one.client_class).estimator
+        estimator = plan.method.of(one.client_class, one.growth).estimator
         firstbatch.rehearsed(estimator, loss_fn, chosen, batch, seed, models.foreign(model))
 
 
@@ -290,7 +287,7 @@ def resume(job: Job, folder: Path) -> tuple[Journal, ServerState, Progress]:
     fresh = train.start(job.plan, job.model.params)
     state, progress = journal.load(opened) if begun else fresh
     same_data(opened, job)
-    _same_values(opened, state, fresh[0])
+    journal.same_values(opened, state, fresh[0])
     journal.rewind(opened, state.round if begun else -1)
     return opened, state, progress
 
@@ -303,7 +300,7 @@ def run(
         return
     final, carry = state, carry or exchange(job, state)
     note(opened, state="running")
-    for record, final in train.train(job.plan, state, progress, carry, evaluate(job), opened):
+    for record, final in train.train(job.plan, state, progress, carry, evaluate(job), opened, watched(job)):
         yield record, final
     if opened:
         export(job, server.served(final), opened.folder / "adapter")
@@ -338,6 +335,7 @@ def card(job: Job) -> dict[str, Any]:
         "labels": list(job.model.labels),
         "max_length": d.data.max_length,
         "method": d.method.name,
+        "seed": models.drawn(d.model.adapter, noise.child_seed(d.seed, "model")),
         **({"stream": True} if d.model.stream else {}),
     }
 
@@ -363,8 +361,17 @@ def facts(job: Job) -> dict[str, Any]:
             "train": len(job.rows.labels),
             "test": len(job.test.labels),
             "cut": job.rows.cut + job.test.cut,
+            "tokens": max(tasks.lengths(job.rows), default=0),  # of the longest sequence
+            "sequences": max(map(len, job.rows.inputs), default=1),  # of a row
         },
+        **_dealt(job),
     }
+
+
+def _dealt(job: Job) -> dict[str, Any]:
+    """How the classes fall to the clients; not where the rows lie elsewhere or a promise covers them."""
+    parts = [(*own, *kept) for own, kept in zip(job.parts, job.held, strict=True) if not job.plan.promised]
+    return {"clients": partition.written(tuple(parts), job.corpus.train.label, job.corpus.labels)} if any(parts) else {}
 
 
 def same_data(opened: Journal, job: Job) -> None:
@@ -375,17 +382,4 @@ def same_data(opened: Journal, job: Job) -> None:
         raise ValueError(
             f"the data of {opened.folder} have changed since it began ({job.corpus.source}; the docstrings change with "
             f"the installed packages). Restore them, or start a new run."
-        )
-
-
-def _same_values(opened: Journal, state: ServerState, fresh: ServerState) -> None:
-    """A state of other names or shapes belongs to another adapter, model or method."""
-    shapes, expected = (
-        [{name: value.shape for name, value in values.items()} for values in (one.params, *one.optimizer.values())]
-        for one in (state, fresh)
-    )
-    if shapes != expected:
-        raise ValueError(
-            f"the state of {opened.folder} does not fit its config.toml: the model, the adapter or the method was "
-            f"changed since the run began. Restore config.toml, or start a new run."
         )

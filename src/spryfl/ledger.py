@@ -13,18 +13,32 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from spryfl import trace, tree, wire
+from spryfl import noise, trace, tree, wire
 from spryfl.aggregate import TooFewError
 from spryfl.choices import Built
 from spryfl.privacy import PrivateMean
-from spryfl.types import Instruction, Layout, Ledger, Params, Pool, Round, ServerState, Share, Trace, Update
+from spryfl.types import (
+    Directional,
+    Instruction,
+    Layout,
+    Ledger,
+    Params,
+    Pool,
+    Round,
+    ServerState,
+    Share,
+    Trace,
+    Update,
+)
 
 Head = frozenset[str]
+_NONE: Mapping[str, float] = MappingProxyType({})
 _SCALARS = " scalars"  # beside names of values, none of which begins like this
 
 
@@ -117,16 +131,24 @@ def _moves(share: Share, method: Built, values: Params) -> dict[str, Tensor]:
 
 
 def advance(
-    params: Params, optimizer: Mapping[str, Params], moved: Sequence[Share], method: Built, head: Head
+    params: Params,
+    optimizer: Mapping[str, Params],
+    moved: Sequence[Share],
+    method: Built,
+    head: Head,
+    scale: float = 1.0,
 ) -> tuple[dict[str, Tensor], Mapping[str, Params], dict[str, Tensor]]:
-    """(values, the server's optimizer state, pseudo-gradient) after one round's shares."""
+    """(values, the server's optimizer state, pseudo-gradient) after one round's shares.
+
+    `scale` is the factor on the server's rate beside local steps.
+    """
     if not moved:
         return dict(params), optimizer, {}
     results = [_result(share, params, method, head) for share in moved]
     more = {"noise": [_noise(share, list(params)) for share in moved]} if method.by_noise else {}
     whole = results[0] if moved[0].merged else method.aggregate(results, [share.weight for share in moved], **more)
     grads = whole if method.local is None else {name: params[name] - value for name, value in whole.items()}
-    scale = moved[0].lr_scale if method.local is None else 1.0
+    scale = moved[0].lr_scale if method.local is None else scale
     new, state = method.server.step(params, grads, optimizer, scale)
     return new, state, dict(grads)
 
@@ -143,16 +165,36 @@ def _result(share: Share, params: Params, method: Built, head: Head) -> Params:
         return share.params
     names = [list(params)[i] for i in share.names] or list(params)
     seeded = [name for name in names if name not in share.params]
-    steps, start = trace.steps_of(share.trace, seeded, names, share), tree.select(params, seeded)
+    steps, start = list(trace.steps_of(share.trace, seeded, names, share)), tree.select(params, seeded)
+    factors = shrunk(steps[0], start) if method.shrink else {}
     if method.local is None:
-        return {**trace.mean_gradient(steps, start), **share.params}
-    scale = rates(names, share.lr_scale, method, head)
-    return {**trace.replay(steps, start, method.local, scale), **share.params}
+        return {**scaled(trace.mean_gradient(iter(steps), start), factors), **share.params}
+    scale = rates(names, share.lr_scale, method, head, factors)
+    return {**trace.replay(iter(steps), start, method.local, scale), **share.params}
 
 
-def rates(names: Sequence[str], lr_scale: float, method: Built, head: Head) -> dict[str, float]:
-    """The factor on the local learning rate of each value: the schedule's, times the head's own."""
-    return {name: lr_scale * (method.head_lr if name in head else 1.0) for name in names}
+def rates(
+    names: Sequence[str], lr_scale: float, method: Built, head: Head, factors: Mapping[str, float] = _NONE
+) -> dict[str, float]:
+    """The factor on the local learning rate of each value: the schedule's, times the head's own, times `factors`."""
+    return {name: lr_scale * (method.head_lr if name in head else 1.0) * factors.get(name, 1.0) for name in names}
+
+
+def shrunk(terms: Sequence[Directional], like: Params) -> dict[str, float]:
+    """1 / (1 + v) by name, v the relative variance of an estimate: K / (d + K + 1) of K Gaussian directions.
+
+    It is the factor f for which E|f g_hat - g|^2 is least; 1 for what is exact.
+
+    >>> terms = [Directional(k, 0.5, ("w",), "gaussian") for k in range(2)]
+    >>> shrunk(terms, {"w": torch.zeros(5), "head": torch.zeros(3)})
+    {'w': 0.25, 'head': 1.0}
+    """
+    return {name: 1 / (1 + v) for name, v in noise.relative_variance(terms, like).items()}
+
+
+def scaled(gradient: Params, factors: Mapping[str, float]) -> dict[str, Tensor]:
+    """A gradient, each value times its factor."""
+    return {name: value * factors[name] if name in factors else value for name, value in gradient.items()}
 
 
 def recorded(ledger: Ledger, moved: Round, params: Params) -> Ledger:

@@ -220,7 +220,18 @@ METHODS: dict[str, Method] = {row.name: row for row in _ROWS}
 
 
 def named(name: str, **changes: Any) -> Method:
-    """The row `name` of the table, some choices changed: `named("fedavg", schedule="linear")`."""
+    """The row `name` of the table, some choices changed: `named("fedavg", schedule="linear")`.
+
+    Args:
+        name: a row of METHODS.
+        changes: choices of `Method` that are made otherwise.
+
+    Raises:
+        ValueError: there is no such row.
+
+    >>> named("fedavg", schedule="linear").schedule
+    'linear'
+    """
     if name not in METHODS:
         raise ValueError(f'method "{name}" is unknown. Possible: {", ".join(METHODS)}.')
     return replace(METHODS[name], **changes)
@@ -229,6 +240,10 @@ def named(name: str, **changes: Any) -> Method:
 def spry(directions: int = 1, **changes: Any) -> Method:
     """Spry with K directions a batch; other choices as keywords.
 
+    Args:
+        directions: K, directions a batch.
+        changes: other choices of `Method`.
+
     >>> spry(directions=8, head="exact").estimator["directions"]
     8
     """
@@ -236,5 +251,12 @@ def spry(directions: int = 1, **changes: Any) -> Method:
 
 
 def fedavg(**changes: Any) -> Method:
-    """FedAvg by backprop; choices as keywords."""
+    """FedAvg by backprop; choices as keywords.
+
+    Args:
+        changes: choices of `Method` that are made otherwise.
+
+    >>> fedavg(local_optimizer={"kind": "sgd", "lr": 0.1}).local_optimizer["kind"]
+    'sgd'
+    """
     return named("fedavg", **changes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -261,17 +262,23 @@ def foreign(model: Model) -> bool:
 
 def check_length(model: Model, sides: Iterable[Rows]) -> None:
     """A ValueError if a row is longer than the model has places, where it keeps a table of them."""
-    places = [
+    most = places(model.module)
+    longest = max((length for rows in sides for length in tasks.lengths(rows)), default=0)
+    if longest > most:
+        raise ValueError(
+            f"the longest row has {longest} tokens, and the model has places for {most}. "
+            f"Set data.max_length to {most} or less."
+        )
+
+
+def places(module: nn.Module) -> float:
+    """How many tokens a row may have; infinite where the model keeps no table of them."""
+    tables = [
         one.num_embeddings - (0 if one.padding_idx is None else one.padding_idx + 1)  # RoBERTa counts from behind it
-        for name, one in model.module.named_modules()
+        for name, one in module.named_modules()
         if isinstance(one, nn.Embedding) and name.rpartition(".")[2] in _PLACES
     ]
-    longest = max((len(one["input_ids"]) for rows in sides for row in rows.inputs for one in row), default=0)
-    if places and longest > min(places):
-        raise ValueError(
-            f"the longest row has {longest} tokens, and the model has places for {min(places)}. "
-            f"Set data.max_length to {min(places)} or less."
-        )
+    return min(tables, default=math.inf)
 
 
 def loss_fn(
@@ -335,13 +342,18 @@ def read_card(folder: Path) -> dict[str, Any]:
         ) from None
 
 
+def drawn(adapter: str | Path, seed: int = 0) -> int:
+    """The seed that drew what the base model's files lack and nobody trains, a pooler, where an adapter says it."""
+    return read_card(Path(adapter)).get("seed", seed) if adapter and (Path(adapter) / CARD).is_file() else seed
+
+
 def open_adapter(folder: Path, trust_remote_code: bool = False, device: str = "cpu", task: Task | None = None) -> Model:
     """The model that a saved adapter belongs to, with the adapter on it; a task of one's own is given again."""
     card = read_card(folder)
     labels = tuple(card["labels"])
     task = task or tasks.build(card.get("task", {"kind": "classification"}))
     own: dict[str, Any] = {"revision": card["revision"], "trust_remote_code": trust_remote_code, "task": task}
-    base, tokenizer = load(card["model"], labels, stream=card.get("stream", False), **own)
+    base, tokenizer = load(card["model"], labels, stream=card.get("stream", False), seed=drawn(folder), **own)
     _, source = resolve(card["model"])
     return prepare(base, tokenizer, labels, str(folder), source=source, device=device, task=task)
 

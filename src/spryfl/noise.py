@@ -28,13 +28,29 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
 def child_seed(seed: int, *facts: int | str) -> int:
-    """A 63-bit seed for named facts: `child_seed(run, "client", 3, "round", 7)`. Injective but for hash collisions."""
+    """A 63-bit seed for named facts: `child_seed(run, "client", 3, "round", 7)`. Injective but for hash collisions.
+
+    Args:
+        seed: the parent.
+        facts: names and numbers that tell this use from all others.
+
+    Returns:
+        A whole number from 0 to 2^63 - 1.
+
+    >>> child_seed(0, "round", 7) == child_seed(0, "round", 7) != child_seed(0, "round", 8)
+    True
+    """
     text = repr((int(seed), *facts)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
 def philox(counter: Sequence[Tensor], key: Sequence[Tensor | int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10: four 32-bit words for each counter and key, which broadcast; int64 tensors hold 0 .. 2^32 - 1."""
+    """Philox4x32-10: four 32-bit words for each counter and key, which broadcast; int64 tensors hold 0 .. 2^32 - 1.
+
+    Args:
+        counter: four tensors of words.
+        key: two words.
+    """
     a, b, c, d = counter
     low, high = key
     for _ in range(10):
@@ -143,6 +159,28 @@ def _orthogonal(seeds: Sequence[int], like: Params) -> dict[str, Tensor]:
     return {name: part.reshape(value.shape) for (name, value), part in zip(raw.items(), parts, strict=True)}
 
 
+def _basis(seeds: Sequence[int], like: Params) -> dict[str, Tensor]:
+    """Axes of the block, each of length sqrt(d), no axis twice in a call: all d of them give the exact gradient.
+
+    Each seed draws among the axes that those before it left. E[v v^T] = I for each.
+    """
+    sizes = [value.numel() for value in like.values()]
+    count, dimension = len(seeds), sum(sizes)
+    if count > dimension:
+        raise ValueError(
+            f"{count} axes do not fit into {dimension} values. Use fewer directions or another distribution: "
+            f"{', '.join(name for name in DISTRIBUTIONS if name not in JOINT)}."
+        )
+    left = list(range(dimension))
+    rows = torch.zeros(count, dimension)
+    for k, seed in enumerate(seeds):
+        at = child_seed(seed, "axis") % len(left)  # 63 bits against d: even to 1e-12
+        left[at], left[-1] = left[-1], left[at]
+        rows[k, left.pop()] = math.sqrt(dimension)
+    parts = rows.split(sizes, dim=1)
+    return {name: part.reshape(count, *like[name].shape) for name, part in zip(like, parts, strict=True)}
+
+
 # A law of your own is a function here, by its name, on both sides of the wire: equal seeds, names and shapes must give
 # equal values anywhere, one direction must not hang on the others of the call, and E[v v^T] must be I.
 DISTRIBUTIONS: dict[str, Callable[[Sequence[int], Params], dict[str, Tensor]]] = {
@@ -150,20 +188,22 @@ DISTRIBUTIONS: dict[str, Callable[[Sequence[int], Params], dict[str, Tensor]]] =
     "rademacher": _rademacher,
     "sphere": _sphere,
     "orthogonal": _orthogonal,
+    "basis": _basis,
 }
-JOINT = frozenset({"orthogonal"})  # a direction depends on those that are drawn before it in the same call
+JOINT = frozenset({"orthogonal", "basis"})  # a direction depends on those that are drawn before it in the same call
 
 
 # E|g_hat - g|^2 / |g|^2 of g_hat = (1/K) sum_k c_k v_k with exact c_k = <g, v_k>, by a law's name: (d values, K).
 #   gaussian           E[v v^T v v^T] = (d + 2) I, so E|c v|^2 = (d + 2)|g|^2, less the mean's |g|^2: d + 1, over K
 #   signs, sphere      |v|^2 = d always, so E|c v|^2 = d |g|^2: d - 1, over K
-#   orthogonal         K of d orthogonal axes: g_hat is d/K of a projection that keeps K/d of |g|^2: d/K - 1
+#   orthogonal, basis  K of d orthogonal axes: g_hat is d/K of a projection that keeps K/d of |g|^2: d/K - 1
 # The first is Nesterov and Spokoiny 2017, the others follow in the same way.
 VARIANCES: dict[str, Callable[[int, int], float]] = {
     "gaussian": lambda d, k: (d + 1) / k,
     "rademacher": lambda d, k: (d - 1) / k,
     "sphere": lambda d, k: (d - 1) / k,
     "orthogonal": lambda d, k: (d - k) / k,
+    "basis": lambda d, k: (d - k) / k,
 }
 
 
@@ -211,6 +251,11 @@ def stack(seeds: Sequence[int], like: Params, distribution: str = "gaussian") ->
 def direction(seed: int, like: Params, distribution: str = "gaussian") -> dict[str, Tensor]:
     """One random direction over a block: name -> float32 tensor of the same shape.
 
+    Args:
+        seed: 0 to 2^63 - 1.
+        like: name -> tensor; only names, shapes and devices are looked at.
+        distribution: as `stack`'s.
+
     >>> import torch
     >>> direction(7, {"a": torch.zeros(3)}, "rademacher")["a"].abs()
     tensor([1., 1., 1.])
@@ -223,6 +268,13 @@ def expand(terms: Iterable[Directional], like: Params) -> dict[str, Tensor]:
 
     Call it once a step, with all of the step's terms as the estimator made them: terms of one block and distribution
     that follow each other are drawn together, and orthogonal directions are so among those drawn together.
+
+    Args:
+        terms: of one step's estimate.
+        like: name -> tensor of the values that the terms are about.
+
+    Returns:
+        name -> tensor, of each name that a term has.
     """
     total: dict[str, Tensor] = {}
     for (block, distribution), group in itertools.groupby(terms, key=lambda t: (t.block, t.distribution)):

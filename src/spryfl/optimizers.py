@@ -56,7 +56,20 @@ def _by_leaf(init: Callable[[Tensor], Leaf], step: Callable[[Tensor, Tensor, Lea
 
 
 def sgd(lr: float = 1.0, momentum: float = 0.0) -> Optimizer:
-    """m = momentum m + g; w -= lr m. On the server lr = 1 without momentum is the plain mean (FedAvg)."""
+    """m = momentum m + g; w -= lr m. On the server lr = 1 without momentum is the plain mean (FedAvg).
+
+    Args:
+        lr: learning rate.
+        momentum: in [0, 1); 0 keeps no state.
+
+    Raises:
+        ValueError: an option is out of its range.
+
+    >>> optimizer = sgd(lr=0.5)
+    >>> params = {"w": torch.tensor([1.0])}
+    >>> optimizer.step(params, {"w": torch.tensor([2.0])}, optimizer.init(params))[0]
+    {'w': tensor([0.])}
+    """
     _check(lr=lr, momentum=momentum)
 
     def init(value: Tensor) -> Leaf:
@@ -73,7 +86,17 @@ def sgd(lr: float = 1.0, momentum: float = 0.0) -> Optimizer:
 def adamw(
     lr: float = 1e-3, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0
 ) -> Optimizer:
-    """AdamW with bias correction, as torch.optim.AdamW (Loshchilov and Hutter, arXiv 1711.05101)."""
+    """AdamW with bias correction, as torch.optim.AdamW (Loshchilov and Hutter, arXiv 1711.05101).
+
+    Args:
+        lr: learning rate.
+        beta1, beta2: decays of the two moments, in [0, 1).
+        eps: beside the root in the divisor.
+        weight_decay: share of a value that a step of rate 1 takes off.
+
+    Raises:
+        ValueError: an option is out of its range.
+    """
     _check(lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
 
     def init(value: Tensor) -> Leaf:
@@ -107,12 +130,31 @@ def _adaptive(lr: float, beta1: float, tau: float, v0: float, second: Callable[[
 
 
 def adagrad(lr: float = 1e-2, tau: float = 1e-3, v0: float = 0.0) -> Optimizer:
-    """Server Adagrad: v += g^2; w -= lr g / (sqrt(v) + tau)."""
+    """Server Adagrad: v += g^2; w -= lr g / (sqrt(v) + tau).
+
+    Args:
+        lr: learning rate.
+        tau: beside the root in the divisor.
+        v0: the start of v.
+
+    Raises:
+        ValueError: an option is out of its range.
+    """
     return _adaptive(lr, 0.0, tau, v0, lambda v, square: v + square)
 
 
 def adam(lr: float = 1e-2, beta1: float = 0.9, beta2: float = 0.99, tau: float = 1e-3, v0: float = 0.0) -> Optimizer:
-    """Server Adam: m = b1 m + (1-b1) g; v = b2 v + (1-b2) g^2; w -= lr m / (sqrt(v) + tau). No bias correction."""
+    """Server Adam: m = b1 m + (1-b1) g; v = b2 v + (1-b2) g^2; w -= lr m / (sqrt(v) + tau). No bias correction.
+
+    Args:
+        lr: learning rate.
+        beta1, beta2: decays of the two moments, in [0, 1).
+        tau: beside the root in the divisor.
+        v0: the start of v.
+
+    Raises:
+        ValueError: an option is out of its range.
+    """
     _check(beta2=beta2)
     return _adaptive(lr, beta1, tau, v0, lambda v, square: beta2 * v + (1 - beta2) * square)
 
@@ -152,6 +194,23 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 }
 
 LOCAL: dict[str, Callable[..., Optimizer | None]] = {**OPTIMIZERS, "none": none}
+
+
+def warmed(schedule: Callable[[float], float], share: float) -> Callable[[float], float]:
+    """A schedule that first rises: times min(1, 0.1 + 0.9 done / share).
+
+    Args:
+        schedule: share of the run done, in [0, 1) -> factor on the rate.
+        share: of the run in which it rises; 0 leaves the schedule as it is.
+
+    >>> rising = warmed(SCHEDULES["constant"], 0.5)
+    >>> [round(rising(done), 2) for done in (0.0, 0.25, 0.5, 0.75)]
+    [0.1, 0.55, 1.0, 1.0]
+    """
+    if not share:
+        return schedule
+    return lambda done: min(1.0, 0.1 + 0.9 * done / share) * schedule(done)
+
 
 # A schedule maps the share of rounds done, in [0, 1), to a factor on the local learning rate.
 SCHEDULES: dict[str, Callable[[float], float]] = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, get_origin
 
@@ -21,6 +22,18 @@ _WRITTEN = {"int_type": "3", "float_type": "0.5", "bool_type": "true or false", 
 def spelled(key: str, value: Any) -> Any:
     """A choice given by its name alone, written out: "lora" is {"kind": "lora"}."""
     return {"name" if key == "method" else "kind": value} if isinstance(value, str) else value
+
+
+def nbytes(text: str) -> int:
+    """How many bytes a size is: a number above 0 and its unit.
+
+    >>> nbytes("800MB"), nbytes("1.5 GiB"), nbytes("2g")
+    (800000000, 1610612736, 2000000000)
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt])(i?)b?\s*", text.lower())
+    if not found or not float(found[1]):
+        raise ValueError(f'memory = "{text}" is no size. Give a number above 0 and a unit: 6GB, 800MB, 1.5GiB.')
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** (1 + "kmgt".index(found[2])))
 
 
 def resolve(what: str, registry: Mapping[str, Callable[..., Any]], given: Mapping[str, Any]) -> dict[str, Any]:

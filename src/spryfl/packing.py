@@ -28,7 +28,7 @@ from transformers import AutoConfig, PretrainedConfig
 from spryfl import hub, opened
 from spryfl.backbone.codec import Parts, codec_of
 from spryfl.backbone.store import FILE, REST, TYPES, is_packed
-from spryfl.backbone.writing import Item, refuse, write_store
+from spryfl.backbone.writing import Item, absent, write_store
 from spryfl.hooks import seeded
 from spryfl.layout import blocks_of
 from spryfl.named import explained, resolve, silent
@@ -80,7 +80,7 @@ def pack(
         spryfl.finetune({"name": "llama-4bit", "stream": True}, "reviews.csv")
     """
     codec_of(precision)
-    refuse(Path(folder))
+    absent(Path(folder))
     where, _ = resolve(name)
     if is_packed(where):
         raise ValueError(f'model "{name}" is packed already. Give the checkpoint it was made from.')
@@ -120,6 +120,7 @@ def random_store(
         auto: the class whose values are stored; AutoModel is the trunk, AutoModelForCausalLM brings the map to words.
         tokenizer: saved beside it, where one is given.
         seed: of the values.
+        progress: told (bytes written, bytes in all).
     """
     with torch.device("meta"):
         model = getattr(transformers, auto).from_config(config)

@@ -22,6 +22,8 @@ from math import exp, isfinite, log
 from random import Random
 from typing import Any, NamedTuple
 
+from spryfl import registry
+
 Parts = tuple[tuple[int, ...], ...]  # rows by client, each ascending
 Partition = Callable[[Sequence[int], Sequence[str] | None, int, int], Parts]  # (labels, groups, clients, seed)
 
@@ -49,7 +51,14 @@ def iid() -> Partition:
 
 
 def dirichlet(alpha: float = 0.1) -> Partition:
-    """Equal parts whose shares of the classes are drawn from a Dirichlet distribution around the whole set's."""
+    """Equal parts whose shares of the classes are drawn from a Dirichlet distribution around the whole set's.
+
+    Args:
+        alpha: concentration; small: a client has few classes, large: all as the whole set.
+
+    Raises:
+        ValueError: alpha is not above 0.
+    """
     if not (isfinite(alpha) and alpha > 0):
         raise ValueError(
             f"dirichlet: alpha = {alpha} must be a finite number above 0 (0.1: very uneven; 100: nearly even)."
@@ -101,14 +110,31 @@ PARTITIONS: dict[str, Callable[..., Partition]] = {"iid": iid, "dirichlet": diri
 
 
 def build(choice: Mapping[str, Any]) -> Partition:
-    """The partition that a choice names: {"kind": key or builder, option: value, ...}."""
-    options = {key: value for key, value in choice.items() if key != "kind"}
-    kind: Any = choice["kind"]
-    return (kind if callable(kind) else PARTITIONS[kind])(**options)
+    """The partition that a choice names: {"kind": key or builder, option: value, ...}.
+
+    Args:
+        choice: {"kind": a key of PARTITIONS or a builder, and its options by name}.
+
+    >>> build({"kind": "iid"})([0, 1, 0, 1], None, 2, 0)
+    ((...), (...))
+    """
+    return registry.made("partition", PARTITIONS, choice)
 
 
 def hold_out(indices: Sequence[int], share: float, seed: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(train, held out) of one client: `share` of its rows, rounded, but always one row to train on."""
+    """(train, held out) of one client: `share` of its rows, rounded, but always one row to train on.
+
+    Args:
+        indices: the client's rows.
+        share: in [0, 1).
+        seed: which rows.
+
+    Raises:
+        ValueError: the share is out of its range.
+
+    >>> [len(side) for side in hold_out(range(10), 0.2, seed=0)]
+    [8, 2]
+    """
     if not 0 <= share < 1:
         raise ValueError(f"hold_out: share = {share} must be at least 0 and below 1 (0 holds nothing out).")
     rows = sorted(indices)
@@ -118,13 +144,31 @@ def hold_out(indices: Sequence[int], share: float, seed: int) -> tuple[tuple[int
 
 
 def statistics(parts: Parts, labels: Sequence[int], n_classes: int) -> Statistics:
-    """Counts by client and class, sizes, and how far the clients are from the whole."""
+    """Counts by client and class, sizes, and how far the clients are from the whole.
+
+    Args:
+        parts: each client's rows.
+        labels: class of every row of the set.
+        n_classes: how many classes there are.
+    """
     tallies = [Counter(labels[row] for row in rows) for rows in parts]
     counts = tuple(tuple(tally[label] for label in range(n_classes)) for tally in tallies)
     total = [sum(column) for column in zip(*counts, strict=True)]
     sizes = [len(rows) for rows in parts]
     distances = [_total_variation(row, total) for row in counts if sum(row)]
     return Statistics(counts, min(sizes), stats.median(sizes), max(sizes), stats.fmean(distances))
+
+
+def written(parts: Parts, labels: Sequence[int], names: Sequence[str]) -> dict[str, list[str]]:
+    """The counts as words, for a run's facts: a client a line, its rows of each class; all its rows without classes.
+
+    Args:
+        parts: each client's rows.
+        labels: the class of each row, as a number.
+        names: of the classes; empty where there are none.
+    """
+    counts = statistics(parts, labels, len(names)).counts if names else tuple((len(rows),) for rows in parts)
+    return {"labels": list(names), "rows": [" ".join(map(str, one)) for one in counts]}
 
 
 def _total_variation(one: Sequence[int], other: Sequence[int]) -> float:

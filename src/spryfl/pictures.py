@@ -15,6 +15,7 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -22,7 +23,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from spryfl.report import ALONG, Compared, Groups, Record, Run, columns, metric, peak, scored
 
+_PLAIN = {"text.parse_math": False}  # names are no formulas
 
+
+@rc_context(_PLAIN)
 def curves(runs: Sequence[Run], path: Path) -> None:
     """The metric on the test rows and training loss, against rounds, passes, bytes and seconds."""
     figure = Figure(figsize=(13, 6), layout="constrained")
@@ -39,8 +43,13 @@ def curves(runs: Sequence[Run], path: Path) -> None:
 
 
 def _line(axes: Axes, name: str, along: Callable[[Record], float], records: Sequence[Record], what: str) -> None:
-    axes.plot([along(r) for r in records], [r[what] for r in records], marker="o", markersize=3, label=name)
+    axes.plot([along(r) for r in records], [r[what] for r in records], marker="o", markersize=3, label=_shown(name))
     _plain(axes)
+
+
+def _shown(name: str) -> str:
+    """A name as a legend shows it: a first "_" would leave it out."""
+    return f" {name}" if name.startswith("_") else name
 
 
 def _plain(axes: Axes) -> None:
@@ -55,6 +64,7 @@ _COLOURS += ("#7B3FBF", "#8C8C8C", "#9AA61D", "#B2182B")
 _MARKERS = "os^DvPX*<>hp"
 
 
+@rc_context(_PLAIN)
 def comparison(compared: Compared, path: Path) -> None:
     """The metric against rounds, passes, bytes and seconds; peak memory; every run's end."""
     groups = {label: done for label, runs in compared.groups.items() if (done := [run for run in runs if scored(run)])}
@@ -70,7 +80,7 @@ def comparison(compared: Compared, path: Path) -> None:
     for axes, (title, along) in zip(above, ALONG.items(), strict=True):
         _panel(axes, title, along, groups)
     above[0].set_ylabel(f"{name} on the test rows")
-    handles = [Line2D([], [], label=label, linewidth=2, **_look(i)) for i, label in enumerate(groups)]
+    handles = [Line2D([], [], label=_shown(label), linewidth=2, **_look(i)) for i, label in enumerate(groups)]
     said = {"title": f"{compared.name}: {_over(groups)}", "title_fontsize": 10}
     parts[0].legend(handles=handles, loc="outside upper center", ncols=min(6, len(groups)), frameon=False, **said)
     _bars(left, groups)
@@ -156,6 +166,7 @@ def _look(index: int) -> dict[str, Any]:
     }
 
 
+@rc_context(_PLAIN)
 def parts(rows: Sequence[tuple[str, Mapping[str, int]]], path: Path, budget: int = 0) -> None:
     """A stacked bar a setting: (its words, bytes by part); `budget` is a line."""
     figure = Figure(figsize=(11, 1.8 + 0.42 * len(rows)), layout="constrained")
@@ -180,3 +191,70 @@ def parts(rows: Sequence[tuple[str, Mapping[str, int]]], path: Path, budget: int
     axes.grid(visible=False, axis="y")
     figure.legend(loc="outside upper center", ncols=8, frameon=False)
     figure.savefig(path, dpi=120)
+
+
+def alignment(runs: Sequence[Run], path: Path) -> None:
+    """What the probe saw: alignment beside its law, the scalars, and of the first run steps and energy by unit.
+
+    Raises:
+        ValueError: no run has a look in its records.
+    """
+    seen = {run.name: found for run in runs if (found := [r for r in run.records if "alignment" in r])}
+    if not seen:
+        raise ValueError("no run has a look at its gradient in its records. Run with --set train.probe=32.")
+    figure = Figure(figsize=(13, 9), layout="constrained")
+    (left, right), (low, energy) = figure.subplots(2, 2)
+    for index, (name, records) in enumerate(seen.items()):
+        _cosines(left, records, name, index)
+        _scalars(right, records, name, index)
+    first = next(iter(seen))
+    _units(low, seen[first], "step", f"{first}: change of a unit in a round / its norm")
+    _units(energy, seen[first], "energy", f"{first}: share of the estimate's energy (dashed: of the gradient's)")
+    for x in _crossed(seen[first], "gradient"):
+        energy.plot(*x, linestyle="--")
+    for axes in (left, right, low, energy):
+        axes.set_xlabel("round")
+        _plain(axes)
+    figure.savefig(path, dpi=110)
+
+
+def _cosines(axes: Axes, records: Sequence[Record], name: str, index: int) -> None:
+    """Alignment of estimate and round with the gradient, and what theory expects of them."""
+    colour, x = _look(index)["color"], [r["round"] for r in records]
+    for key, style in (("seeded_cos", "-"), ("seeded_law", "--"), ("round_cos", "-."), ("cos", ":")):
+        y = [np.nan if r["alignment"][key] is None else r["alignment"][key] for r in records]
+        axes.plot(x, y, linestyle=style, color=colour, label=f"{name}: {key}", marker="o", markersize=3)
+    axes.set_ylabel("cosine with the gradient on the probe rows")
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _scalars(axes: Axes, records: Sequence[Record], name: str, index: int) -> None:
+    """The scalars' median as a line, quartiles and 5 to 95 % as bands."""
+    drawn = [
+        (r["round"], r["alignment"]["scalars"]["quantiles"]) for r in records if r["alignment"]["scalars"]["count"]
+    ]
+    if drawn:
+        x, q = [one for one, _ in drawn], np.array([quantiles for _, quantiles in drawn])
+        colour = _look(index)["color"]
+        axes.fill_between(x, q[:, 1], q[:, 5], color=colour, alpha=0.12, linewidth=0)
+        axes.fill_between(x, q[:, 2], q[:, 4], color=colour, alpha=0.25, linewidth=0)
+        axes.plot(x, q[:, 3], color=colour, label=name)
+    axes.set_ylabel("directional derivatives c: median, quartiles, 5 to 95 %")
+
+
+def _crossed(records: Sequence[Record], key: str) -> list[tuple[list[int], list[float]]]:
+    """A number of each unit over the rounds in which it moved."""
+    names = list(dict.fromkeys(name for r in records for name in r["alignment"]["units"]))
+    lines = []
+    for name in names:
+        own = [(r["round"], r["alignment"]["units"][name][key]) for r in records if name in r["alignment"]["units"]]
+        known = [(x, y) for x, y in own if y is not None]
+        lines.append(([x for x, _ in known], [y for _, y in known]))
+    return lines
+
+
+def _units(axes: Axes, records: Sequence[Record], key: str, title: str) -> None:
+    for x, y in _crossed(records, key):
+        axes.plot(x, y, marker=".", alpha=0.8)
+    axes.set_yscale("log")
+    axes.set_title(title, fontsize=10)

@@ -47,7 +47,7 @@ def drawn_key(promised: Privacy | None) -> int:
     if promised is None:
         return 0
     if importlib.util.find_spec("dp_accounting") is None:
-        raise ValueError('[privacy] needs an accountant that is not installed: pip install "spryfl[privacy]"')
+        raise ValueError('[privacy] needs an accountant that is not installed: pip install "spryfl[dp]"')
     return promised.key or secrets.randbelow(2**62 - 1) + 1
 
 

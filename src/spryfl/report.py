@@ -10,6 +10,7 @@ Cost: reading the files.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import tomllib
@@ -28,6 +29,19 @@ class Run(NamedTuple):
     config: dict[str, Any]
     facts: dict[str, Any]
     records: list[Record]
+
+
+class Foretold(NamedTuple):
+    """What a step was predicted to hold."""
+
+    parts: Mapping[str, Mapping[str, int]]  # bytes by part, by class of clients; "" where there are no classes
+    why: str  # there is no prediction
+
+
+def plainly(text: str, most: int = 240) -> str:
+    """One line of a message that may be long."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 1] + "…"
 
 
 Groups = Mapping[str, Sequence[Run]]  # runs that differ in seed, by what they have in common
@@ -59,6 +73,11 @@ def metric(run: Run) -> str:
 def scored(run: Run) -> list[Record]:
     """The records at which the test rows were scored."""
     return [record for record in run.records if metric(run) in record]
+
+
+def probed(runs: Sequence[Run]) -> list[Run]:
+    """The runs in which the probe looked at a round (train.probe)."""
+    return [run for run in runs if any("alignment" in record for record in run.records)]
 
 
 # What of a record lies along a picture, or stands in a table: its name, and how it is made.
@@ -139,6 +158,50 @@ def summary(groups: Groups) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     return ("runs", "seeds", "state", *(one.name for one in shown)), table
 
 
+def reached(run: Run, target: float, key: str = "") -> Record | None:
+    """The first record at which a number of the run is at the target; its metric, where no key is given."""
+    what = key or metric(run)
+    return next((record for record in run.records if record.get(what, -math.inf) >= target), None)
+
+
+def to_target(groups: Groups, target: float) -> dict[str, dict[str, dict[str, Any]]]:
+    """label -> metric or "personal" -> how many runs reached the target, and what it took those that did.
+
+    Counted at evaluations, so a run may have been there up to `eval_every` rounds before. The personal number is of
+    the round's cohort after local training.
+    """
+    out: dict[str, dict[str, dict[str, Any]]] = {}
+    for label, runs in groups.items():
+        for name, key in ((columns(runs)[1].name, ""), ("personal", _OWN)):
+            found = [record for run in runs if (record := reached(run, target, key)) is not None]
+            known = any(key in record for run in runs for record in run.records) if key else True
+            costs = {what: [along(record) for record in found] for what, along in ALONG.items()}
+            mean_sd = {what: _mean_sd(values) for what, values in costs.items()}
+            if known:
+                out.setdefault(label, {})[name] = {"reached": len(found), "of": len(runs), **mean_sd}
+    return out
+
+
+def _mean_sd(values: Sequence[float]) -> dict[str, float | None]:
+    return {"mean": mean(values) if values else None, "sd": stdev(values) if len(values) > 1 else None}
+
+
+def target_table(groups: Groups, target: float) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """`to_target` as a table: a row a label and number."""
+    digits, table = {"rounds": 0, "passes": 0, "MB up and down": 2, "seconds": 0}, []
+    for label, numbers in to_target(groups, target).items():
+        for name, one in numbers.items():
+            cells = [_said(one[what], digits[what]) for what in ALONG]
+            table.append((label, name, f"{one['reached']} of {one['of']}", *cells))
+    return ("runs", f"to {target:g}", "reached", *ALONG), table
+
+
+def _said(one: Mapping[str, float | None], digits: int) -> str:
+    if one["mean"] is None:
+        return "-"
+    return f"{one['mean']:.{digits}f}" + (f" ± {one['sd']:.{digits}f}" if one["sd"] else "")
+
+
 def _cell(column: Column, found: Sequence[float]) -> str:
     """A mean, with its spread where there is one to be seen; that of the metric always."""
     if not found:
@@ -191,8 +254,18 @@ class Compared(NamedTuple):
     groups: dict[str, list[Run]]  # in the order of the labels; each in the order of the seeds
 
     @property
+    def target(self) -> float:
+        """What of the metric is to be reached; 0 = nothing was named."""
+        return self.given["compare"].get("target", 0.0)
+
+    @property
     def runs(self) -> list[Run]:
         return [run for runs in self.groups.values() for run in runs]
+
+    @property
+    def asked(self) -> int:
+        """How many runs there are to be."""
+        return len(self.given["compare"]["methods"]) * len(self.given["compare"]["seeds"])
 
 
 def is_comparison(folder: Path) -> bool:
@@ -209,9 +282,11 @@ def read_comparison(folder: Path) -> Compared:
     return Compared(folder.resolve().name, given, groups)
 
 
-def write_tables(folder: Path) -> Compared:
-    """Writes table.md and table.json from the runs as they stand."""
+def write_tables(folder: Path, target: float = 0.0) -> Compared:
+    """Writes table.md and table.json from the runs as they stand; `target` in place of the comparison's own."""
     compared = read_comparison(folder)
+    if target:
+        compared.given["compare"]["target"] = target
     facts = _as_json(compared)
     _write(folder / "table.json", json.dumps(facts, indent=1) + "\n")
     _write(folder / "table.md", _as_markdown(compared, facts))
@@ -239,14 +314,13 @@ def _as_json(compared: Compared) -> dict[str, Any]:
         "started": min((run.facts["started"] for run in compared.runs), default=None),
         "ended": max((run.facts.get("ended", "") for run in compared.runs), default="") or None,
         "methods": {label: _numbers(runs) for label, runs in compared.groups.items()},
+        **({"target": {"value": t, "methods": to_target(compared.groups, t)}} if (t := compared.target) else {}),
     }
 
 
 def _total(compared: Compared) -> str:
-    made, asked = compared.runs, compared.given["compare"]
-    complete = sum(run.facts["state"] == "complete" for run in made)
-    expected = len(asked["methods"]) * len(asked["seeds"])
-    return "complete" if complete == expected else f"{complete} of {expected} runs complete"
+    complete = sum(run.facts["state"] == "complete" for run in compared.runs)
+    return "complete" if complete == compared.asked else f"{complete} of {compared.asked} runs complete"
 
 
 def _numbers(runs: Sequence[Run]) -> dict[str, Any]:
@@ -278,6 +352,12 @@ came or were refused.
 """
 
 
+_TO_TARGET = """\
+To the first evaluation at the target or above it, mean ± sample standard deviation over the runs that came there; "-"
+where none did. personal: the clients of that round on their own held-out rows, after local training.
+"""
+
+
 def _as_markdown(compared: Compared, facts: Mapping[str, Any]) -> str:
     """The table, what its columns mean, and where it was made."""
     lines = [
@@ -285,6 +365,8 @@ def _as_markdown(compared: Compared, facts: Mapping[str, Any]) -> str:
         markdown(*summary(compared.groups)),
         _LEGEND.format(metric=", ".join(facts["metrics"])),
     ]
+    if compared.target:
+        lines += [markdown(*target_table(compared.groups, compared.target)), _TO_TARGET]
     lines += [f"- {note}" for note in notes(compared)] + [""] * bool(notes(compared))
     lines += ["![the same as a picture](compare.png)\n", f"State: {facts['state']}. Seeds: {facts['seeds']}."]
     lines += [f"Begun {facts['started']}, ended {facts['ended'] or '-'}. All settings: `compare.toml`; again with:\n"]

@@ -35,6 +35,7 @@ class DataSection(BaseModel):
     train_rows: int = Field(0, ge=0)  # 0 = all
     test_rows: int = Field(0, ge=0)
     max_length: int = Field(128, ge=4)  # tokens
+    drop_unlabelled: bool = False  # leave out rows whose label is -1
     revision: str = ""
 
 
@@ -72,6 +73,8 @@ class TrainSection(BaseModel):
     tries: int = Field(1, ge=1)  # cohorts of a round at most, with min_answers
     rest: int = Field(0, ge=0)  # rounds that a client is left out for once it failed twice running
     dropout: bool = False  # the model's own dropout layers while training
+    probe: int = Field(0, ge=0)  # training rows on which estimates are held against the true gradient; 0 = never
+    probe_every: int = Field(0, ge=0)  # rounds between two such looks; 0 = with each evaluation
     keep_prefix: float = Field(0.0, ge=0)  # MB of hidden states kept over a client's local epochs; batches then stay
 
 

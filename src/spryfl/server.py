@@ -52,6 +52,7 @@ def begin(
     seed: int,
     lr_scale: float = 1.0,
     evaluate: bool = False,
+    growth: float = 1.0,
 ) -> list[Instruction]:
     """An instruction for each client of the cohort: its units, the head unless it is split, all current values."""
     round_ = state.round + 1
@@ -72,6 +73,7 @@ def begin(
             pool=pool,
             fingerprint=trace.fingerprint() if method.scalars else "",
             client_class=method.member(client),
+            growth=growth,
         )
         for client, mine in dealt.items()
         if mine
@@ -147,6 +149,7 @@ def finish(
     method: Built,
     head: frozenset[str] = frozenset(),
     promised: Privacy | None = None,
+    scale: float = 1.0,
 ) -> tuple[ServerState, Refused]:
     """The next state, and which answers changed nothing: one that does not fit its instruction is as if absent.
 
@@ -176,9 +179,9 @@ def finish(
         asked = {i: one._replace(names=tuple(_own(i, n) for n in one.names)) for i, one in asked.items()}
     note = ""
     try:
-        after = _moved(state, asked, kept, method, head, mean)
+        after = _moved(state, asked, kept, method, head, scale, mean)
     except TooFewError as error:
-        after, note = _moved(state, asked, [], method, head), str(error)
+        after, note = _moved(state, asked, [], method, head, scale), str(error)
     reached = [one for one in told if one.client in {update.client for update in fitting}]
     return _seen(after, reached, method), Refused(failed, gated, note)
 
@@ -189,6 +192,7 @@ def _moved(
     kept: Sequence[Update],
     method: Built,
     head: frozenset[str],
+    scale: float,
     mean: PrivateMean | None = None,
 ) -> ServerState:
     """The state after the accepted answers; what moved it stands in the ledger, where clients follow by replay."""
@@ -198,11 +202,17 @@ def _moved(
         params, optimizer, book = ledger.pooled(state, shares, method, head)
         grads: Params = {}
     else:
-        params, optimizer, grads = ledger.advance(state.params, state.optimizer, shares, method, head)
+        params, optimizer, grads = ledger.advance(state.params, state.optimizer, shares, method, head, scale)
         book = ledger.recorded(state.ledger, Round(number, shares), params) if method.follows else state.ledger
-    average = {name: method.average * v + (1 - method.average) * params[name] for name, v in state.average.items()}
-    guide = (grads or state.guide) if method.guide else {}
+    decay = method.decay(number) if state.average else 0.0
+    average = {name: decay * v + (1 - decay) * params[name] for name, v in state.average.items()}
+    guide = _guide(state.guide, grads, method.guide_decay) if method.guide else {}
     return ServerState(number, params, optimizer, average, guide, book, state.key)
+
+
+def _guide(old: Params, grads: Params, decay: float) -> Params:
+    """What is sent for a guide: the last pseudo-gradient, or a sum of all of them that decays."""
+    return tree.add(tree.scale(old, decay), grads) if decay else grads or old
 
 
 def _seen(state: ServerState, reached: Iterable[Instruction], method: Built) -> ServerState:

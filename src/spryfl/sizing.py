@@ -11,18 +11,16 @@ class; nothing where no class states its memory.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from spryfl import adapters, choices, tasks
+from spryfl import adapters, choices, options, tasks
 from spryfl.backbone.store import is_packed
 from spryfl.classes import ClientClass
 from spryfl.config import Experiment
 from spryfl.estimators import DENSE
 from spryfl.models import resolve as place
-from spryfl.options import resolve
 from spryfl.tasks import Rows
 from spryfl.types import Unit
 
@@ -31,23 +29,6 @@ if TYPE_CHECKING:
     from spryfl.plan import Planned
 
 ONE: Mapping[str, Any] = {"kind": "few", "units": 1}
-_UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def nbytes(text: str) -> int:
-    """How many bytes a size is: "800MB", "2 GB", "1.5GiB", "1e9".
-
-    >>> nbytes("1.5GB"), nbytes("2GiB")
-    (1500000000, 2147483648)
-    """
-    found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([KMGT]?I?B)?\s*", text.upper().replace("E", "e"))
-    try:
-        number = float(found[1]) if found else 0.0
-    except ValueError:
-        number = 0.0
-    if not found or not number > 0 or (found[2] or "") not in (*_UNITS, "B"):
-        raise ValueError(f'memory = "{text}" is no size. Give for example "2GB", "800MB" or "1.5GiB".')
-    return int(number * _UNITS.get(found[2] or "", 1))
 
 
 def settled(experiment: Experiment, labels: Sequence[str], data: Rows) -> Experiment:
@@ -73,7 +54,7 @@ def settled(experiment: Experiment, labels: Sequence[str], data: Rows) -> Experi
 
     m, task = experiment.model, tasks.build(experiment.task)
     of = outline(m.name, tuple(labels), adapters.build(experiment.adapter), task=task, attention=m.attention)
-    lengths = [len(one["input_ids"]) for row in data.inputs for one in row]
+    lengths = tasks.lengths(data)
     most, tokens = experiment.train.batch_size, max(lengths, default=experiment.data.max_length)
     rows = most * len(lengths) // len(data.inputs) if lengths else most
     made = tuple(_chosen(one, experiment, of, rows, tokens) if one.memory else one for one in method.classes)
@@ -93,7 +74,7 @@ def _chosen(one: ClientClass, experiment: Experiment, of: Outline, rows: int, to
     setting = planned.setting
     return replace(
         one,
-        estimator=resolve("estimator", choices.REGISTRIES["estimator"], setting.method.estimator),
+        estimator=options.resolve("estimator", choices.REGISTRIES["estimator"], setting.method.estimator),
         assignment=assignment,
         head="" if setting.method.head == experiment.method.head else setting.method.head,
         micro_batch=setting.micro_batch,
@@ -103,20 +84,15 @@ def _chosen(one: ClientClass, experiment: Experiment, of: Outline, rows: int, to
     )
 
 
-def fitting(*given: Any, **options: Any) -> Planned:
-    """The planner's."""
-    from spryfl import plan
-
-    return plan.fitting(*given, **options)
-
-
 def _planned(
     one: ClientClass, experiment: Experiment, of: Outline, mine: Sequence[Unit] | None, rows: int, tokens: int
 ) -> Planned:
+    from spryfl import plan
+
     streams = is_packed(place(experiment.model.name)[0])
     try:
         method = replace(experiment.method, classes=())
-        return fitting(nbytes(one.memory), of, method, mine, rows=rows, tokens=tokens, stream=streams)
+        return plan.fitting(options.nbytes(one.memory), of, method, mine, rows=rows, tokens=tokens, stream=streams)
     except ValueError as error:
         raise ValueError(f'method.classes: "{one.name}" with memory = "{one.memory}": {error}') from None
 

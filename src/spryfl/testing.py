@@ -33,6 +33,12 @@ class Toy:
 
     It offers all that `LossFn` asks for. Dropout on the input of each block, masks from the seed and the block.
 
+    Args:
+        fixed: values that are not given at each call.
+        guide: the last aggregated pseudo-gradient.
+        dropout: share of a block's inputs that is zeroed.
+        micro_batch: rows at once; 0 for whole batches.
+
     >>> params, batch = problem()
     >>> cut = Toy().cut(batch, top=1)
     >>> bool(cut.head(params, cut.trunk(params)) == Toy()(params, batch))
@@ -99,7 +105,15 @@ class Toy:
 
 
 def problem(seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Values and a batch for `Toy`: 12 + 8 values in the blocks and 9 in the head, 5 rows of 3 classes."""
+    """Values and a batch for `Toy`: 12 + 8 values in the blocks and 9 in the head, 5 rows of 3 classes.
+
+    Args:
+        seed: of the values.
+        dtype: of values and inputs.
+
+    Returns:
+        (values by name, batch).
+    """
     shapes = {"a": (3, 4), "b": (4, 2), "head.weight": (3, 2), "head.bias": (3,), "x": (5, 3)}
     drawn = noise.direction(seed, {name: torch.empty(shape) for name, shape in shapes.items()})
     params = {name: value.to(dtype) for name, value in drawn.items()}
@@ -109,7 +123,14 @@ def problem(seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[dict[str
 def true_gradient(
     params: Params, batch: Batch, loss_fn: Callable[..., Tensor] | None = None, seed: int | None = None
 ) -> dict[str, Tensor]:
-    """The gradient of the whole loss by `torch.autograd`; of the toy's where no loss is given."""
+    """The gradient of the whole loss by `torch.autograd`; of the toy's where no loss is given.
+
+    Args:
+        params: values by name.
+        batch: what the loss takes.
+        loss_fn: (params, batch, seed) -> loss.
+        seed: of the dropout masks; None for none.
+    """
     leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
     grads = torch.autograd.grad((loss_fn or Toy())(leaves, batch, seed), list(leaves.values()))
     return dict(zip(leaves, grads, strict=True))
@@ -154,7 +175,12 @@ def check_estimator(
 
 
 def gradient(estimate: Estimate, params: Params) -> dict[str, Tensor]:
-    """The gradient that an estimate stands for: its dense part and its terms."""
+    """The gradient that an estimate stands for: its dense part and its terms.
+
+    Args:
+        estimate: what an estimator returned.
+        params: the values that it is of.
+    """
     return tree.add(estimate.dense, noise.expand(estimate.terms, params))
 
 

@@ -6,6 +6,7 @@ bits. Needs torch alone. Cost: the clients' steps, and one pass over the test ro
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import time
@@ -16,7 +17,7 @@ from typing import NamedTuple
 
 from spryfl import costs, figures, noise, server
 from spryfl import journal as disk
-from spryfl.choices import Built, Method, build
+from spryfl.choices import Built, Method, build, evenly
 from spryfl.figures import Record
 from spryfl.journal import Journal, Progress
 from spryfl.privacy import Privacy, drawn_key, epsilon
@@ -82,9 +83,11 @@ class Tried(NamedTuple):
 
 Exchange = Callable[[Sequence[Instruction]], Answers]
 Evaluate = Callable[[Params], dict[str, float]]  # values -> numbers by name on the untouched test rows
+# (state before, instructions, answers that counted, state after, whether the round is evaluated) -> more of its record
+Watch = Callable[[ServerState, Sequence[Instruction], Sequence[Update], ServerState, bool], Record]
 
 # The fields of a record that may differ between two equal runs.
-TIMED = ("seconds", "peak_bytes", "class_peak_bytes", "engine")
+TIMED = ("seconds", "peak_bytes", "class_peak_bytes", "engine", "probe_seconds")
 
 
 def cohort(plan: Plan, round_: int, attempt: int = 0, resting: Collection[int] = ()) -> list[int]:
@@ -110,7 +113,7 @@ def predicted(method: Method, shapes: costs.Shapes, clients: int, cohort_: int, 
     """
     if method.sharing == "pooled":
         clients, cohort_, steps = 1, 1, steps * cohort_
-    built = build(method)
+    built = build(method := evenly(method))
     settle = 10 * -(-len(built.present(clients)) // cohort_)
     plan = Plan(built, shapes.units, 0, settle, clients, cohort_, eval_every=1, patience=0)
     rounds = [server.deal(shapes.units, cohort(plan, r), built, r) for r in range(1, settle + 1)]
@@ -134,6 +137,7 @@ def train(
     exchange: Exchange,
     evaluate: Evaluate,
     journal: Journal | None = None,
+    watch: Watch | None = None,
 ) -> Iterator[tuple[Record, ServerState]]:
     """Runs the rounds that are left and yields each one's record, after it and the state are safe on the disk."""
     if not _begun(progress):
@@ -141,7 +145,7 @@ def train(
         _keep(journal, record, state, progress)
         yield record, state
     while unfinished(plan, state, progress):
-        record, state, progress = one_round(plan, state, progress, exchange, evaluate)
+        record, state, progress = one_round(plan, state, progress, exchange, evaluate, watch)
         _keep(journal, record, state, progress)
         yield record, state
 
@@ -187,10 +191,15 @@ def _first(plan: Plan, state: ServerState, progress: Progress, evaluate: Evaluat
 
 
 def one_round(
-    plan: Plan, state: ServerState, progress: Progress, exchange: Exchange, evaluate: Evaluate
+    plan: Plan,
+    state: ServerState,
+    progress: Progress,
+    exchange: Exchange,
+    evaluate: Evaluate,
+    watch: Watch | None = None,
 ) -> tuple[Record, ServerState, Progress]:
     """One round from cohort to record."""
-    since = time.perf_counter()
+    since, before = time.perf_counter(), state
     round_ = state.round + 1
     due = round_ % plan.eval_every == 0 or round_ == plan.rounds
     tried = _attempts(plan, state, progress, exchange, due)
@@ -215,6 +224,7 @@ def one_round(
         **scores,
         **figures.personal(shown),
         **figures.scalars(shown),
+        **(watch(before, told, kept, state, due) if watch else {}),
         "peak_bytes": max((u.peak_bytes for u in shown), default=0),
         **_engine(tried),
         **({} if plan.promised else figures.classes(plan.method, told, kept)),
@@ -226,11 +236,11 @@ def one_round(
 def _attempts(plan: Plan, state: ServerState, progress: Progress, exchange: Exchange, due: bool) -> list[Tried]:
     """Cohorts of one round, one after the other, until enough of one answer; the last one's state counts."""
     out: list[Tried] = []
-    round_, scale = state.round + 1, plan.method.schedule(done(plan, state, progress))
+    round_, share = state.round + 1, done(plan, state, progress)
     resting = {client for client, (_, until) in progress.failing.items() if until >= round_}
     for attempt in range(plan.quorum.tries):
         who = cohort(plan, round_, attempt, resting)
-        out.append(_tried(plan, state, who, scale, due, exchange))
+        out.append(_tried(plan, state, who, share, due, exchange))
         if len(who) - len(out[-1].failed) >= plan.quorum.share * len(who):
             return out
     counts = "; ".join(f"{len(one.told) - len(one.failed)} of {len(one.told)}" for one in out)
@@ -240,17 +250,24 @@ def _attempts(plan: Plan, state: ServerState, progress: Progress, exchange: Exch
     )
 
 
-def _tried(plan: Plan, state: ServerState, who: Sequence[int], scale: float, due: bool, exchange: Exchange) -> Tried:
-    """One cohort's part in a round. A client whose memory was lost is sent the values and asked once more."""
-    told = server.begin(state, plan.units, who, plan.method, plan.seed, scale, due)
+def _tried(plan: Plan, state: ServerState, who: Sequence[int], share: float, due: bool, exchange: Exchange) -> Tried:
+    """One cohort's part in a round, `share` of the run being behind.
+
+    A client whose memory was lost is sent the values and asked once more.
+    """
+    method = plan.method
+    begin = functools.partial(server.begin, units=plan.units, cohort=who, method=method, seed=plan.seed, evaluate=due)
+    begin = functools.partial(begin, lr_scale=method.schedule(share), growth=method.growth**share)
+    told = begin(state)
     answers = exchange(told)
     if answers.lost:
         state = server.forget(state, answers.lost)
-        again = server.begin(state, plan.units, who, plan.method, plan.seed, scale, due)
+        again = begin(state)
         told = [new if new.client in answers.lost else old for old, new in zip(told, again, strict=True)]
         more = exchange([one for one in told if one.client in answers.lost])
         answers = _joined(told, answers, more)
-    return Tried(told, answers, *server.finish(state, told, answers.updates, plan.method, head(plan), plan.promised))
+    scale = method.server_schedule(share) if method.server_schedule else 1.0
+    return Tried(told, answers, *server.finish(state, told, answers.updates, method, head(plan), plan.promised, scale))
 
 
 def _joined(told: Sequence[Instruction], one: Answers, more: Answers) -> Answers:

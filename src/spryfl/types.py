@@ -203,6 +203,7 @@ class Instruction(NamedTuple):
     catch_up: CatchUp | None = None  # values come by replay; `params` holds what does not
     fingerprint: str = ""  # of the noise, where directions are made again elsewhere
     client_class: str = ""  # which of the method's classes this client belongs to; empty = none
+    growth: float = 1.0  # factor on the directions of its estimator
 
 
 class Update(NamedTuple):

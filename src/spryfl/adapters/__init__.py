@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from spryfl import registry
 from spryfl.adapters.families import (
     ADAPTERS,
     Adapter,
@@ -43,12 +44,17 @@ from spryfl.adapters.units import Adapted, adapted, foreign, head_modules
 
 
 def build(choice: Mapping[str, Any]) -> Adapter:
-    """The adapter that a choice names: {"kind": key or builder, option: value, ...}; a ValueError if no key is so."""
-    options = {key: value for key, value in choice.items() if key != "kind"}
-    kind: Any = choice["kind"]
-    if not callable(kind) and kind not in ADAPTERS:
-        raise ValueError(f'adapter = "{kind}" is unknown. Possible: {", ".join(ADAPTERS)}, or a builder of yours.')
-    return (kind if callable(kind) else ADAPTERS[kind])(**options)
+    """The adapter that a choice names: {"kind": key or builder, option: value, ...}; a ValueError if no key is so.
+
+    Args:
+        choice: {"kind": a key of ADAPTERS or a builder, and its options by name}.
+
+    Raises:
+        ValueError: no key is so, or an option is out of its range.
+
+    >>> adapter = build({"kind": "lora", "r": 2})
+    """
+    return registry.made("adapter", ADAPTERS, choice)
 
 
 __all__ = [

@@ -45,6 +45,17 @@ def lora(r: int = 1, alpha: float = 1.0, dropout: float = 0.0, targets: Named = 
         dropout: on the adapter's input, while training.
         targets: ends of module names; empty is PEFT's choice for the model (query and value).
         layers: numbers of the layers that get one, 0 first; empty is all.
+
+    Raises:
+        ValueError: an option is out of its range.
+
+    >>> from spryfl.adapters import wrap
+    >>> from transformers import BertConfig, BertForSequenceClassification
+    >>> small = {"vocab_size": 9, "hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 8}
+    >>> config = BertConfig(num_hidden_layers=1, **small)
+    >>> made = wrap(BertForSequenceClassification(config), lora(r=2))
+    >>> [(unit.name, unit.size) for unit in made.units if not unit.head]
+    [('bert.encoder.layer.0.attention.self.query', 32), ('bert.encoder.layer.0.attention.self.value', 32)]
     """
     _least("lora", r=r)
     return _lora("lora", r, alpha, dropout, targets, layers)
@@ -53,7 +64,17 @@ def lora(r: int = 1, alpha: float = 1.0, dropout: float = 0.0, targets: Named = 
 def lora_fa(
     r: int = 1, alpha: float = 1.0, dropout: float = 0.0, targets: Named = (), layers: Numbered = ()
 ) -> Adapter:
-    """LoRA-FA: LoRA whose A stays as it was drawn and whose B alone is trained; r m values. Options as lora's."""
+    """LoRA-FA: LoRA whose A stays as it was drawn and whose B alone is trained; r m values. Options as lora's.
+
+    Args:
+        r: rank.
+        alpha: scale of the update.
+        dropout: on the adapter's input, while training.
+        targets, layers: as lora's.
+
+    Raises:
+        ValueError: an option is out of its range.
+    """
     _least("lora_fa", r=r)
     return _lora("lora_fa", r, alpha, dropout, targets, layers)._replace(finish=_freeze_a)
 
@@ -66,6 +87,9 @@ def lora_xs(r: int = 8, alpha: float = 8.0, std: float = 1e-5, targets: Named = 
         alpha: scale of the update.
         std: of the entries of R at the start; the paper's 1e-5 is the base model but for rounding, 0 is it exactly.
         targets, layers: as lora's.
+
+    Raises:
+        ValueError: an option is out of its range.
     """
     _least("lora_xs", r=r)
     if std < 0:
@@ -82,6 +106,9 @@ def vera(r: int = 256, initial: float = 0.1, seed: int = 0, targets: Named = (),
         initial: value of d at the start.
         seed: of A and B, which are saved with the adapter: r (n + m) fixed values in all.
         targets, layers: as lora's.
+
+    Raises:
+        ValueError: an option is out of its range.
     """
     _least("vera", r=r, seed=seed)
     return Adapter(
@@ -100,6 +127,9 @@ def tiny_lora(
         tying: 0 is a v for each map, 1 one for all, between them so many fewer.
         seed: of the P_i, which are saved with the adapter.
         targets, layers: as lora's.
+
+    Raises:
+        ValueError: an option is out of its range.
     """
     _least("tiny_lora", u=u, r=r, seed=seed)
     if not 0 <= tying <= 1:
@@ -121,6 +151,9 @@ def uni_lora(
         bound: of the values at the start.
         seed: of who takes which value; NumPy draws it, and it is drawn anew when the adapter is opened.
         targets, layers: as lora's.
+
+    Raises:
+        ValueError: an option is out of its range.
     """
     _least("uni_lora", d=d, r=r, seed=seed)
     _above("uni_lora", bound=bound)
@@ -150,6 +183,9 @@ def vb_lora(
         topk: vectors mixed.
         bound: of the bank at the start.
         targets, layers: as lora's.
+
+    Raises:
+        ValueError: an option is out of its range.
     """
     _least("vb_lora", r=r, vectors=vectors, length=length, topk=topk)
     _above("vb_lora", bound=bound)
@@ -170,6 +206,9 @@ def fourierft(n: int = 100, scaling: float = 150.0, targets: Named = (), layers:
         n: coefficients a map.
         scaling: of the update.
         targets, layers: as lora's, but PEFT's choice for GPT-2 is its second feed-forward map.
+
+    Raises:
+        ValueError: an option is out of its range.
     """
     _least("fourierft", n=n)
     # PEFT draws the coefficients unless it is told otherwise; the update would be noise at the start.
@@ -178,7 +217,15 @@ def fourierft(n: int = 100, scaling: float = 150.0, targets: Named = (), layers:
 
 
 def ia3(targets: Named = (), feedforward: Named = ()) -> Adapter:
-    """IA3: one learned factor for each output of `targets`, for each input of those named in `feedforward` too."""
+    """IA3: one learned factor for each output of `targets`, for each input of those named in `feedforward` too.
+
+    Args:
+        targets: ends of module names; empty is PEFT's choice for the model (key, value, second feed-forward map).
+        feedforward: those of them whose inputs are scaled in place of their outputs.
+
+    Raises:
+        ValueError: `feedforward` names what `targets` does not.
+    """
     if set(feedforward) - set(targets):
         raise ValueError(f"feedforward = {list(feedforward)} of ia3 must be among targets = {list(targets)}.")
     named: dict[str, Any] = (

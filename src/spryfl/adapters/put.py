@@ -35,6 +35,11 @@ def wrap(model: nn.Module, adapter: Adapter, head: bool = True) -> Adapted:
     Raises:
         ValueError: a target module or a layer is not there, and it lists the linear layers that are; or the adapter's
             options do not fit the targets.
+
+    Args:
+        model: a Hugging Face model; it is changed in place.
+        adapter: what a builder made.
+        head: whether what lies outside the trunk is trained too.
     """
     if head:
         plain_head(model)
@@ -56,7 +61,15 @@ def wrap(model: nn.Module, adapter: Adapter, head: bool = True) -> Adapted:
 
 
 def load(model: nn.Module, folder: str) -> Adapted:
-    """Puts a saved adapter on a model, ready to be trained further as it was trained before."""
+    """Puts a saved adapter on a model, ready to be trained further as it was trained before.
+
+    Args:
+        model: the base model; it is changed in place.
+        folder: of the adapter, as `save` or PEFT wrote it.
+
+    Raises:
+        ValueError: there is no adapter in it, or it is another model's.
+    """
     if not (Path(folder) / "adapter_config.json").is_file():
         raise ValueError(
             f"{folder} holds no adapter: there is no adapter_config.json in it. Runs keep theirs in adapter/."
@@ -75,7 +88,13 @@ def load(model: nn.Module, folder: str) -> Adapted:
 
 
 def save(module: PeftModel, params: Mapping[str, torch.Tensor], folder: Path) -> None:
-    """Writes an adapter with these trained values, and the head, in PEFT's own format."""
+    """Writes an adapter with these trained values, and the head, in PEFT's own format.
+
+    Args:
+        module: PEFT's.
+        params: trained values by name; those that are missing are saved as the module has them.
+        folder: where; made if it is not there.
+    """
     module.save_pretrained(str(folder), state_dict=state(module, params), save_embedding_layers=False)
     mine = {name: value.cpu().contiguous() for name, value in params.items() if own(module, name)}
     if mine.keys() == {name for name, _ in module.named_parameters() if own(module, name)}:

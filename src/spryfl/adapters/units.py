@@ -37,7 +37,11 @@ class Adapted(NamedTuple):
 
 
 def head_modules(model: nn.Module) -> tuple[str, ...]:
-    """Names of the direct children outside the trunk that hold values: what the task added to the language model."""
+    """Names of the direct children outside the trunk that hold values: what the task added to the language model.
+
+    Args:
+        model: a Hugging Face model with a head, without an adapter.
+    """
     children = model.named_children()
     return tuple(n for n, child in children if n != model.base_model_prefix and any(True for _ in child.parameters()))
 
@@ -54,7 +58,11 @@ def plain_head(model: nn.Module) -> None:
 
 
 def foreign(layer: nn.Module) -> bool:
-    """Whether a library keeps this layer's weight in a form of its own, or would: bitsandbytes, torchao."""
+    """Whether a library keeps this layer's weight in a form of its own, or would: bitsandbytes, torchao.
+
+    Args:
+        layer: any module.
+    """
     weight = layer._parameters.get("weight")
     known = type(layer).__module__.startswith("bitsandbytes.")
     return known or (weight is not None and type(weight) not in (nn.Parameter, Tensor))
@@ -75,7 +83,14 @@ def _bias(layer: nn.Module) -> dict[str, Tensor]:
 
 
 def adapted(module: PeftModel) -> Adapted:
-    """Lists what is trainable in a PEFT model, and freezes the module: values are passed in by name from here on."""
+    """Lists what is trainable in a PEFT model, and freezes the module: values are passed in by name from here on.
+
+    Args:
+        module: PEFT's, as it was made or opened; it is changed in place.
+
+    Returns:
+        The module, its trainable values by name (float32, copies), and their units.
+    """
     shared = _tied(module)
     frozen = _frozen_head(module)
     _wide_head(module)

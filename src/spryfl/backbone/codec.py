@@ -144,7 +144,7 @@ def bitsandbytes() -> Any:
         import bitsandbytes
     except ImportError as error:
         raise ValueError(
-            'precision = "4bit" needs bitsandbytes: `pip install "spryfl[quantized]"`. Or use precision = "8bit".'
+            'precision = "4bit" needs bitsandbytes: `pip install "spryfl[quant]"`. Or use precision = "8bit".'
         ) from error
     return bitsandbytes
 

@@ -14,12 +14,9 @@ the largest; streaming reads the blocks it passes once a pass, 6 GB a second whe
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -27,19 +24,7 @@ from torch import Tensor
 
 from spryfl.backbone.codec import ALIGN, Parts
 from spryfl.backbone.store import Store
-
-
-@cache
-def lean() -> None:
-    """Lets the C library give each large block back when it is freed, for the rest of this process.
-
-    glibc keeps freed blocks up to the size of the largest that was ever freed, among which those that live hold room:
-    measured in a streamed step of RoBERTa-Large, 1 x 256 tokens, 81 MB beside what was in use, 14 MB with this, in the
-    same time. Other C libraries are left as they are.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD; once it is set it no longer grows
+from spryfl.jvp.memory import return_freed
 
 
 def aligned(nbytes: int) -> Tensor:
@@ -110,7 +95,7 @@ class Streamer:
     """
 
     def __init__(self, store: Store) -> None:
-        lean()
+        return_freed(streams=True)
         self.counts = Counts()
         self._store = store
         self._blocks = {key: i for i, file in enumerate(store.blocks) for key in store.inside[file]}

@@ -58,10 +58,10 @@ def write_store(
         ValueError: the folder is there, the disk is too small, or the precision is unknown.
     """
     folder = Path(folder)
-    refuse(folder)
+    absent(folder)
     plan = {file: _laid_out([one for one in items if one.file == file], precision) for file in _files(items)}
     total, done = sum(_end(laid) for laid in plan.values()), 0
-    with _partial(folder, total) as made:
+    with partial(folder, total) as made:
         beside(made)
         files: dict[str, Any] = {}
         tensors: dict[str, Any] = {}
@@ -79,7 +79,7 @@ def write_store(
             out.write(json.dumps(about, indent=1).encode())
 
 
-def refuse(folder: Path) -> None:
+def absent(folder: Path) -> None:
     """A ValueError if there is something under that name."""
     if folder.exists():
         raise ValueError(f"{folder} is there already, and nothing in it was touched. Give another folder.")
@@ -190,8 +190,16 @@ class _Writing:
 
 
 @contextlib.contextmanager
-def _partial(folder: Path, total: int) -> Iterator[Path]:
-    """A folder under another name, which becomes `folder` at the end or is removed; so is what a killed one left."""
+def partial(folder: Path, total: int = 0) -> Iterator[Path]:
+    """A folder under another name, which becomes `folder` at the end or is removed; so is what a killed one left.
+
+    Args:
+        folder: must not be there.
+        total: bytes that it will take, where that is known.
+
+    Raises:
+        ValueError: the folder is there, or the disk is too small.
+    """
     made = folder.with_name(f"{folder.name}.partial")
     made.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(made, ignore_errors=True)
@@ -203,7 +211,7 @@ def _partial(folder: Path, total: int) -> Iterator[Path]:
     made.mkdir()
     try:
         yield made
-        refuse(folder)
+        absent(folder)
         made.rename(folder)
     except BaseException:
         shutil.rmtree(made, ignore_errors=True)

@@ -32,6 +32,7 @@ Seed = Annotated[int | None, typer.Option(help="Everything random follows from i
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps ...")]
 Threads = Annotated[int | None, typer.Option(help="Threads of PyTorch on the CPU.")]
 Runs = Annotated[Path, typer.Option("--out", help="Where run folders are made.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="Of this machine, for --watch; any free one without it.")]
 
 
 def changed_by(flags: dict[str, Any], set_: list[str] | None) -> dict[str, Any]:

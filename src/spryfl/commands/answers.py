@@ -1,4 +1,4 @@
-"""Commands that ask a trained model: `spryfl evaluate | predict`. Costs the model, and a value pass a row."""
+"""Commands that use a trained model: `spryfl evaluate | predict | export`. Costs the model, and a value pass a row."""
 
 from __future__ import annotations
 
@@ -67,6 +67,24 @@ def predict(
         answers = models.answers(model, model.params, tasks.collate(rows, chosen, model.device))
         for i, answer in zip(chosen, answers, strict=True):
             print(f"{model.task.say(answer, rows.labels[i], model.labels)}\t{lines[i]}")
+
+
+@app.command()
+def export(
+    what: Annotated[Path, typer.Argument(help="A run folder or an adapter folder.")],
+    folder: Annotated[Path, typer.Argument(help="The new folder.", metavar="DIR")],
+    precision: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
+) -> None:
+    """Write the whole finetuned model, adapter merged, as a folder that transformers opens alone."""
+    from spryfl import merging
+
+    adapter, _ = _adapter(what)
+    with out.status("merging"):
+        made = merging.export(adapter, folder, precision=precision, trust_remote_code=trust_remote_code)
+    apart = f"its outputs are within {made.difference:.1e} of the adapter's, the largest being {made.scale:.3g}"
+    out.print(f"{folder}: {made.nbytes / 1e6:.1f} MB, {precision}; {apart}", soft_wrap=True)
+    out.print(f'next    transformers.{made.auto}.from_pretrained("{folder}")', soft_wrap=True)
 
 
 def _adapter(what: Path) -> tuple[Path, dict[str, Any]]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from spryfl import options
 from spryfl.commands import Config, Set, app, changed_by, err, out
 from spryfl.screen import table
 
@@ -44,7 +45,7 @@ def plan_(
     flags = {"model.name": model, "train.batch_size": batch, "data.max_length": tokens, "adapter.kind": adapter}
     asked = [word.strip() for word in (method or "").split(",") if word.strip()]
     given = Experiment.load(config, changed_by({**flags, "method.name": asked[0] if asked else None}, set_))
-    budget = advice.memory(memory) if memory else 0
+    budget = options.nbytes(memory) if memory else 0
     of, note = _outline(given, labels, precision, budget, no_stream)
     methods = [given.method, *(named(name) for name in asked[1:])]
     t = given.train

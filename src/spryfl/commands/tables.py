@@ -1,14 +1,12 @@
-"""Commands that show: `spryfl methods | report | partition`. Costs what they read; `methods` loads no weights."""
+"""Commands that show: `spryfl methods | partition`. Costs what they read; `methods` loads no weights."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from spryfl.commands import Config, Data, Seed, Set, app, changed_by, out
-from spryfl.commands.training import compared
 from spryfl.screen import classes, notes, table
 
 
@@ -53,33 +51,6 @@ def methods_(
     table(out, ("choice", "value", "what it does"), explain.choices(row))
     out.print(f"\ncosts at {explain.shown(given, *where)}", soft_wrap=True)
     table(out, ("", "by the paper", "true"), explain.table(made))
-
-
-@app.command()
-def report(
-    folders: Annotated[list[Path], typer.Argument(help="Run folders, or the folder of one comparison.")],
-    to: Annotated[Path | None, typer.Option("--to", help="Where the picture goes.")] = None,
-    means: Annotated[
-        bool, typer.Option("--mean", help="Mean and spread of runs that differ in seed; Markdown.")
-    ] = False,
-) -> None:
-    """Runs side by side: where they differ, how they ended, and a picture."""
-    from spryfl import pictures
-    from spryfl import report as reports
-
-    if len(folders) == 1 and reports.is_comparison(folders[0]):
-        compared(folders[0], to)
-        return
-    read = [reports.read(folder) for folder in folders]
-    if means:
-        print(reports.markdown(*reports.summary(reports.by_seed(read))), end="")
-        return
-    if len(read) > 1:
-        table(out, ("setting", *(r.name for r in read)), reports.differences(read))
-    table(out, *reports.rows(read))
-    picture = to or (folders[0] / "curves.png" if len(read) == 1 else folders[0].parent / "curves.png")
-    pictures.curves(read, picture)
-    out.print(f"picture: {picture}", soft_wrap=True)
 
 
 @app.command("partition")

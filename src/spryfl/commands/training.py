@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from spryfl.commands import Config, Data, Device, Method, Runs, Seed, Set, Threads, app, changed_by, err, out
+from spryfl.commands import Config, Data, Device, Method, Port, Runs, Seed, Set, Threads, app, changed_by, err, out
 from spryfl.screen import Screen, Turns, head, table
 
 if TYPE_CHECKING:
     from spryfl.compare import Comparison
     from spryfl.config import Experiment
+    from spryfl.job import Job
+    from spryfl.journal import Journal
+
+Watch = Annotated[bool, typer.Option("--watch", help="Serve the report's page on this machine while the run goes on.")]
+Tensorboard = Annotated[bool, typer.Option("--tensorboard", help="Events for TensorBoard too, in the run's folder.")]
 
 
 @app.command()
@@ -35,6 +41,9 @@ def run(
     threads: Threads = None,
     set_: Set = None,
     runs: Runs = Path("runs"),
+    watch: Watch = False,
+    port: Port = 0,
+    tensorboard: Tensorboard = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")] = False,
 ) -> None:
     """Finetune. Without --config, --method, --data or --model: the quickstart, on English that every machine has."""
@@ -66,7 +75,7 @@ def run(
     folder = runs / experiment.name if named else _free(runs / experiment.name)
     if folder.exists():
         raise ValueError(f"the run folder {folder} is there already. Choose another --name, or: spryfl resume {folder}")
-    _go(experiment, folder, fresh=True)
+    _go(experiment, folder, fresh=True, watch=port if watch else None, tensorboard=tensorboard)
 
 
 @app.command("compare")
@@ -78,6 +87,7 @@ def compare_(
     seeds: Annotated[str | None, typer.Option(help="Seeds, with commas: 0,1,2. Or those of [compare].")] = None,
     folder: Annotated[Path | None, typer.Option("--out", help="Its folder; made up without it.")] = None,
     set_: Set = None,
+    target: Annotated[float, typer.Option(help="Of the metric: what each needs to come there. 0 = none.")] = 0.0,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="The table alone.")] = False,
 ) -> None:
     """Several methods on the same data, seeds and budget, by turns: one table, one picture. Again: it goes on."""
@@ -85,47 +95,113 @@ def compare_(
     from spryfl import config as settings
 
     given = settings.merge(settings.read(config or settings.QUICKSTART), changed_by({}, set_))
+    given = settings.merge(given, {"compare": {"target": target}} if target else {})
     labels = [word.strip() for word in (methods or "").split(",") if word.strip()]
     comparison = compare.parse(given, labels, compare.numbers(seeds or ""))
-    _compare(comparison, folder or Path("runs") / f"compare-{(config or settings.QUICKSTART).stem}", quiet)
+    _compare(comparison, folder or Path("runs") / f"compare-{(config or settings.QUICKSTART).stem}", quiet, target)
 
 
 @app.command()
-def resume(folder: Annotated[Path, typer.Argument(help="The folder of a run or of a comparison.")]) -> None:
+def resume(
+    folder: Annotated[Path, typer.Argument(help="The folder of a run or of a comparison.")],
+    watch: Watch = False,
+    port: Port = 0,
+    tensorboard: Tensorboard = False,
+) -> None:
     """Go on with what was stopped or killed; it ends in the same bits as if it had not been."""
     from spryfl import compare, journal
     from spryfl.config import Experiment
 
     if (folder / compare.FILE).is_file():
+        if watch or tensorboard:
+            beside = f"spryfl report --watch {folder}"
+            raise ValueError(f"--watch and --tensorboard are for a run. Of a comparison, while it goes on: {beside}")
         _compare(compare.begun(folder), folder)
     else:
-        _go(Experiment.load(journal.open_folder(folder).folder / "config.toml"), folder, fresh=False)
+        experiment = Experiment.load(journal.open_folder(folder).folder / "config.toml")
+        _go(experiment, folder, fresh=False, watch=port if watch else None, tensorboard=tensorboard)
 
 
-def _go(experiment: Experiment, folder: Path, fresh: bool) -> None:
-    """Prepares and runs an experiment, with what the screen shows."""
+def _go(experiment: Experiment, folder: Path, fresh: bool, watch: int | None, tensorboard: bool) -> None:
+    """Prepares and runs an experiment, with what the screen shows; `watch` is the port of its page."""
     import torch
 
     from spryfl import api, job
 
-    if experiment.threads:
-        torch.set_num_threads(experiment.threads)
-    with out.status("reading data and model"):
-        made = api.prepared(experiment)
-        opened, state, progress = job.begin(made, folder) if fresh else job.resume(made, folder)
-    try:
-        with job.cancelling(opened):
-            head(out, made, folder)
-        with job.cancelling(opened), Screen(out, made.plan.rounds, made.plan.metric) as screen:
-            for record, _ in job.run(made, opened, state, progress):
-                screen.show(record)
-    except KeyboardInterrupt:
-        err.print(f"\nstopped; the finished rounds are safe. Go on with: spryfl resume {folder}", soft_wrap=True)
-        raise typer.Exit(130) from None
+    with contextlib.ExitStack() as stack:
+        beside = _beside(folder, watch, tensorboard)
+        for one in beside:
+            stack.callback(one.close)
+        if experiment.threads:
+            torch.set_num_threads(experiment.threads)
+        with out.status("reading data and model"):
+            made = api.prepared(experiment)
+            opened, state, progress = job.begin(made, folder) if fresh else job.resume(made, folder)
+        try:
+            with job.cancelling(opened):
+                head(out, made, folder)
+                _foretell(beside, folder)
+            _rounds(made, opened, job.run(made, opened, state, progress), beside)
+        except KeyboardInterrupt:
+            err.print(f"\nstopped; the finished rounds are safe. Go on with: spryfl resume {folder}", soft_wrap=True)
+            raise typer.Exit(130) from None
     _tail(folder)
+    if watch is not None:
+        _keep(beside, folder)
 
 
-def _compare(comparison: Comparison, folder: Path, quiet: bool = False) -> None:
+def _rounds(
+    made: Job, opened: Journal | None, rounds: Iterator[tuple[dict[str, Any], Any]], beside: Sequence[Any]
+) -> None:
+    """Shows each round on the screen and beside it."""
+    from spryfl import job
+
+    with contextlib.ExitStack() as stack:
+        for one in beside:
+            stack.enter_context(one)
+        stack.enter_context(job.cancelling(opened))
+        screen = stack.enter_context(Screen(out, made.plan.rounds, made.plan.metric))
+        for record, _ in rounds:
+            for one in (screen, *beside):
+                one.show(record)
+
+
+def _beside(folder: Path, watch: int | None, tensorboard: bool) -> list[Any]:
+    """What else is shown of a run: its page, events. Refused before anything is read."""
+    made: list[Any] = []
+    if watch is not None:
+        from spryfl import footprint, page
+        from spryfl.page.live import Live
+
+        footprint.measure_here()
+        made.append(Live([folder], watch, str(folder / page.NAME)))
+    if tensorboard:
+        from spryfl.track import Events
+
+        made.append(Events(folder))
+    return made
+
+
+def _foretell(beside: Sequence[Any], folder: Path) -> None:
+    """What the page says of memory, before the rounds begin: while they go on nothing is computed for it."""
+    from spryfl.page.live import Live
+
+    for live in (one for one in beside if isinstance(one, Live)):
+        from spryfl import foretold, report
+
+        live.foretold = foretold.steps([report.read(folder)])
+        out.print(f"live    {live.address}\n", soft_wrap=True)
+
+
+def _keep(beside: Sequence[Any], folder: Path) -> None:
+    """The page as it was at the end, in the run's folder."""
+    from spryfl import page
+
+    page.write(page.gather([folder])._replace(foretold=beside[0].foretold), folder / page.NAME)
+    out.print(f"page    {folder / page.NAME}", soft_wrap=True)
+
+
+def _compare(comparison: Comparison, folder: Path, quiet: bool = False, target: float = 0.0) -> None:
     """Runs a comparison, with what the screen shows."""
     from spryfl import compare
 
@@ -141,17 +217,21 @@ def _compare(comparison: Comparison, folder: Path, quiet: bool = False) -> None:
         begun = f"the finished rounds are safe. Go on with: spryfl resume {folder}"
         err.print(f"\nstopped; {begun if folder.exists() else 'nothing was begun.'}", soft_wrap=True)
         raise typer.Exit(130) from None
-    compared(folder)
+    compared(folder, target=target)
 
 
-def compared(folder: Path, to: Path | None = None) -> None:
+def compared(folder: Path, to: Path | None = None, target: float = 0.0) -> None:
     """The table and the picture of a comparison as it stands, written and shown."""
     from spryfl import pictures
     from spryfl import report as reports
 
-    compared = reports.write_tables(folder)
-    pictures.comparison(compared, to or folder / "compare.png")
+    compared = reports.write_tables(folder, target)
+    for path in [to] if to else [folder / "compare.png", folder / "compare.svg"]:
+        pictures.comparison(compared, path)
     table(out, *reports.summary(compared.groups))
+    if compared.target:
+        out.print()
+        table(out, *reports.target_table(compared.groups, compared.target))
     said = [f"note    {line}" for line in reports.notes(compared)]
     places = [f"table   {folder / 'table.md'}", f"picture {to or folder / 'compare.png'}"]
     out.print("\n".join(said + places), soft_wrap=True)
@@ -164,6 +244,9 @@ def _tail(folder: Path) -> None:
 
     run_ = reports.read(folder)
     pictures.curves([run_], folder / "curves.png")
+    if seen := reports.probed([run_]):
+        pictures.alignment(seen, folder / "alignment.png")
+        out.print(f"\nprobe   {folder / 'alignment.png'}", soft_wrap=True)
     name, (first, *_, last) = reports.metric(run_), reports.scored(run_) * 2
     out.print(
         f"\n{name} on the untouched test rows: {first[name]:.4f} before, {last[name]:.4f} after "
@@ -172,7 +255,9 @@ def _tail(folder: Path) -> None:
     )
     out.print(f"adapter {folder / 'adapter'}\npicture {folder / 'curves.png'}", soft_wrap=True)
     out.print(
-        f'next    spryfl predict {folder} "a sentence of yours"\n        spryfl run --method fedavg', soft_wrap=True
+        f'next    spryfl predict {folder} "a sentence of yours"\n        spryfl report {folder}\n'
+        "        spryfl run --method fedavg",
+        soft_wrap=True,
     )
 
 

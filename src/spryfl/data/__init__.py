@@ -23,6 +23,7 @@ from spryfl.data.examples import Examples, limited, rows, split, take
 from spryfl.data.tables import Table
 
 DOCSTRINGS = "docstrings"
+_ROW = " row"  # a column of numbers, beside names of columns, none of which begins like this
 
 
 class Corpus(NamedTuple):
@@ -49,15 +50,18 @@ def load(
     test_rows: int = 0,
     seed: int = 0,
     revision: str = "",
+    drop_unlabelled: bool = False,
     needs: Needs = CLASSES,
 ) -> Corpus:
     """The corpus of that name: "docstrings", a file, a folder with train and test files, or a name on the hub.
 
     `test` names another file, or a split of a folder or hub set. Rows are limited class by class; 0 is all of them.
+    With `drop_unlabelled` rows whose label is -1 are left out, as SNLI's that its annotators did not agree on.
     """
     asked = Columns(text, pair, label, group)
     if name == DOCSTRINGS:
-        _refuse(text=text, pair=pair, label=label, group=group, test=test, revision=revision)
+        dropped = "true" if drop_unlabelled else ""
+        _refuse(text=text, pair=pair, label=label, group=group, test=test, revision=revision, drop_unlabelled=dropped)
         _refuse_needs(needs)
         return _docstrings(train_rows, test_rows, seed)
     if sources.is_local(name):
@@ -66,7 +70,7 @@ def load(
         sides = sources.folder(path, test) if path.is_dir() else sources.files(path, test)
     else:
         sides = sources.hub(name, test, revision)
-    return _corpus(name, sides, asked, needs, test_share, (train_rows, test_rows), seed)
+    return _corpus(name, sides, asked, needs, test_share, (train_rows, test_rows), seed, drop_unlabelled)
 
 
 def from_datasets(
@@ -94,6 +98,23 @@ def from_datasets(
         sides = {"train": sides["train"], "test": sources.in_memory(test, "test")}
     asked = Columns(text, pair, label, group)
     return _corpus("a data set in memory", sides, asked, needs, test_share, (train_rows, test_rows), seed)
+
+
+def held_out(corpus: Corpus, count: int, seed: int, whole: str = "") -> tuple[Corpus, tuple[int, ...]]:
+    """The training rows alone: about `count` of them as test rows, the others to learn from; and which those are.
+
+    The corpus's own test rows are gone. Class by class; with `whole` all rows of one value of that column together.
+    """
+    total = len(corpus.train.label)
+    if not 0 < count < total:
+        raise ValueError(f"{count} rows cannot be held out of {total} training rows. Hold out fewer.")
+    numbered = corpus.train._replace(extra={**corpus.train.extra, _ROW: tuple(range(total))})
+    train, test = split(numbered, count / total, seed, corpus.source, whole)
+    which = tuple(test.extra[_ROW])
+    train, test = (side._replace(extra={k: v for k, v in side.extra.items() if k != _ROW}) for side in (train, test))
+    note = f"{len(which)} of {total} training rows are held out to choose by; the test rows are not looked at"
+    fingerprint = _fingerprint(train, test, corpus.labels)
+    return corpus._replace(train=train, test=test, notes=(*corpus.notes, note), fingerprint=fingerprint), which
 
 
 def read_labelled(
@@ -174,8 +195,13 @@ def _corpus(
     test_share: float,
     limits: tuple[int, int],
     seed: int,
+    drop: bool = False,
 ) -> Corpus:
     columns, notes = choose(sides["train"], asked, needs)
+    if drop and columns.label:
+        cut = {name: labelling.labelled(table, columns.label) for name, table in sides.items()}
+        sides, more = {name: table for name, (table, _) in cut.items()}, [note for _, note in cut.values() if note]
+        notes += more
     names = labelling.names(sides["train"], columns.label) if needs.label else (ALL,)
     train, more = _examples(sides["train"], columns, names)
     notes += more

@@ -60,6 +60,23 @@ def hidden(table: Table, column: str) -> bool:
     return column not in table.names or all(value in (HIDDEN, str(HIDDEN), None) for value in table.column(column))
 
 
+def labelled(table: Table, column: str) -> tuple[Table, str]:
+    """A table without the rows whose label is -1, and a note on them; one without labels at all stays as it is."""
+    if hidden(table, column):
+        return table, ""
+    values = table.column(column)
+    kept = [row for row, value in enumerate(values) if value not in (HIDDEN, str(HIDDEN))]
+    if len(kept) == len(values):
+        return table, ""
+    note = f"{len(values) - len(kept)} of {len(values)} rows without a label were left out ({table.source})"
+
+    def chosen(name: str) -> list[Any]:
+        whole = table.column(name)
+        return [whole[row] for row in kept]
+
+    return table._replace(column=chosen), note
+
+
 def some(rows: Sequence[int], total: int) -> str:
     """In words: 3 of 100 rows (rows 2, 17, 40)."""
     return f"{len(rows)} of {total} rows (rows {', '.join(map(str, rows[:5]))}{', ...' if len(rows) > 5 else ''})"

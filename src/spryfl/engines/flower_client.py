@@ -26,6 +26,7 @@ import torch
 from flwr.app import Context, RecordDict
 
 from spryfl import client, config, data, job, ledger, models, noise, partition, provenance, tasks, trace, train, wire
+from spryfl.backbone.store import is_packed
 from spryfl.config import Experiment
 from spryfl.data import columns, tables
 from spryfl.data.examples import Examples, take
@@ -85,10 +86,23 @@ def experiments(run_config: Mapping[str, Any]) -> list[dict[str, Any]]:
     return given if isinstance(given, list) else [given]
 
 
-def adapted(experiment: Experiment, here: Site) -> Experiment:
-    """The experiment with this node's own model folder and device."""
-    model = experiment.model.model_copy(update={"name": here.model}) if here.model else experiment.model
+def adapted(experiment: Experiment, here: Site, client_class: str = "") -> Experiment:
+    """The experiment with this node's own model folder and device.
+
+    A site with data of its own is always of one class: where that streams the model, the whole is never in memory.
+    """
+    changed: dict[str, Any] = {"name": here.model} if here.model else {}
+    if here.data and any(one.stream for one in experiment.method.classes if one.name == client_class):
+        changed["stream"] = True
+    model = experiment.model.model_copy(update=changed)
     return experiment.model_copy(update={"model": model, "device": here.device or experiment.device})
+
+
+def asked(note: Note, context: Context) -> dict[str, Any]:
+    """The experiment that a message is about, with what the server's planner chose for classes that state a memory."""
+    given = experiments(context.run_config)[note["which"]]
+    chosen = {"method": {"classes": json.loads(note["classes"])}} if "classes" in note else {}
+    return config.merge(given, chosen)
 
 
 _cached: dict[str, tuple[Any, Any]] = {}  # kind -> (key, thing): what a process that lives on need not make again
@@ -206,7 +220,7 @@ def hello(note: Note, context: Context) -> Note:
     here = site(context.node_config)
     said: Note = {"own": bool(here.data), "fingerprint": trace.fingerprint(), "torch": str(torch.__version__)}
     said |= {k: v for k, v in {"partition-id": here.number, "num-partitions": here.of}.items() if v is not None}
-    experiment = adapted(config.parse(experiments(context.run_config)[note["which"]]), here)
+    experiment = adapted(config.parse(asked(note, context)), here)
     labels = tuple(note["labels"])
     if here.data:
         examples = own_examples(experiment, here, labels)
@@ -215,17 +229,24 @@ def hello(note: Note, context: Context) -> Note:
         if here.counts:
             counted = Counter(examples.label)
             said["counts"] = [counted[i] for i in range(len(labels))]
-    said["model"] = frozen_hash(opened_model(experiment, labels))
+    said["model"] = frozen_hash(opened_model(read_once(experiment), labels))
     return said
+
+
+def read_once(experiment: Experiment) -> Experiment:
+    """The experiment with a packed model streamed: enough to look at every value once."""
+    m = experiment.model
+    return experiment.model_copy(update={"model": m.model_copy(update={"stream": m.stream or is_packed(m.name)})})
 
 
 def answered(body: bytes, note: Note, context: Context, clock: dict[str, float]) -> RecordDict:
     """The reply to an instruction: an update, or why there is none."""
     since = time.perf_counter()
-    here, text = site(context.node_config), json.dumps(experiments(context.run_config)[note["which"]])
+    here, text = site(context.node_config), json.dumps(asked(note, context))
     torch.set_num_threads(here.threads or note["threads"])
-    experiment = cached("experiment", (text, here), lambda: adapted(config.parse(json.loads(text)), here))
     told = cast(Instruction, wire.decode(body))
+    which = told.client_class
+    experiment = cached("experiment", (text, here, which), lambda: adapted(config.parse(json.loads(text)), here, which))
     made = prepared(experiment, here, note.get("labels", ()), told.client, text)
     if here.data and here.number != told.client:
         raise ValueError(f"asked as client {told.client}, and holds the data of client {here.number}")

@@ -7,6 +7,7 @@ Cost: that of a run in this process, but for the clients' steps.
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import math
 import os
@@ -57,6 +58,8 @@ def run(grid: Grid, run_id: int, which: int, experiment: Experiment, folder: Pat
     if own:
         nodes.note |= {"labels": list(corpus.labels)}
     made = sites_job(experiment, corpus, model) if own else job.prepare(experiment, corpus, model)
+    if any(one.memory for one in experiment.method.classes):  # chosen here, once; no client runs the planner
+        nodes.note |= {"classes": json.dumps(made.experiment.as_dict()["method"]["classes"])}
     try:
         _rounds(made, nodes, own, *opened(made, folder, goes_on, own))
     finally:
@@ -84,6 +87,11 @@ def sites_job(experiment: Experiment, corpus: Any, model: models.Model) -> Job:
         raise ValueError(
             f'method.sharing = "{experiment.method.sharing}" needs all rows in one place, and these nodes hold their '
             f"own. Run it in process, or use a federated method."
+        )
+    if experiment.train.probe:
+        raise ValueError(
+            f"train.probe = {experiment.train.probe} looks at training rows, and these nodes keep their own. "
+            f"Remove it, or run it in process."
         )
     made, clients = job.prepare(flower_client.alone(experiment), corpus, model), experiment.partition.clients
     there = len(made.plan.method.present(clients))
@@ -164,4 +172,8 @@ def _seeded(made: Job) -> Callable[[Instruction], tuple[int, frozenset[str]] | N
         step = work([unit for unit in made.model.units if set(unit.params) <= set(names)], client)
         return step and (step.terms, frozenset(name for unit in step.dense for name in unit.params))
 
-    return lambda told: seeded(told.names, told.client)
+    def known(told: Instruction) -> tuple[int, frozenset[str]] | None:
+        found = seeded(told.names, told.client)
+        return found and (math.ceil(found[0] * told.growth) + 1, found[1]) if told.growth > 1 else found
+
+    return known

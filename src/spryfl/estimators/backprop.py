@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from spryfl.estimators.pieces import summed
+from spryfl.jvp.memory import return_freed
 from spryfl.types import Batch, Estimate, Estimator, LossFn, Params, Passes, Piece
 
 
@@ -28,6 +29,7 @@ def backprop(checkpoint: bool = False) -> Estimator:
     """
 
     def estimate(loss_fn: LossFn, params: Params, batch: Batch, seed: int) -> Estimate:
+        return_freed()
         leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
         call = loss_fn.checkpointed if checkpoint else loss_fn
 

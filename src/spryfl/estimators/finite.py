@@ -48,7 +48,7 @@ def central_difference(
     Args:
         directions: K, the number of directions a batch.
         mu: the perturbation's size, in units of the values.
-        distribution: gaussian, rademacher, sphere or orthogonal.
+        distribution: gaussian, rademacher, sphere, orthogonal or basis.
         length: "value": mu is each value's, w + mu v; "direction": the whole perturbation's, w + (mu / sqrt(d)) v.
         candidates: directions drawn for each one kept, those nearest to the last aggregated gradient; 1 for no choice.
         clip: largest size of a directional derivative; 0 for none.
@@ -95,7 +95,7 @@ def forward_difference(
     Args:
         directions: K, the number of directions a batch.
         mu: the perturbation's size, in units of the values.
-        distribution: gaussian, rademacher, sphere or orthogonal.
+        distribution: gaussian, rademacher, sphere, orthogonal or basis.
         length: "value": mu is each value's, w + mu v; "direction": the whole perturbation's, w + (mu / sqrt(d)) v.
         candidates: directions drawn for each one kept, those nearest to the last aggregated gradient; 1 for no choice.
         clip: largest size of a directional derivative; 0 for none.

@@ -11,6 +11,13 @@ Exact top, b blocks: the network is cut below its last b blocks, 0 before the he
 gradient there and delta = d loss / d h; the rest follows from the tangents at the cut, c_k = <delta, dh_k>. The same
 scalars, no noise above, shorter tangents: 1 + K (1 - share) and a backward pass of `share`, the part of the blocks
 above the cut; memory: their activations, or with `checkpoint` b hidden states and one block. b = all is backprop.
+
+Guided: with u the guide's own direction, |u| = 1, one of the K directions is u, the others are at right angles to it:
+
+    g_hat = <g, u> u + (1/(K-1)) sum_k c_k P v_k,  P = I - u u^T,  c_k = <g, P v_k> = <g, v_k> - <v_k, u> <g, u>
+
+Unbiased whatever the guide is, E|g_hat - g|^2 = (d / (K-1)) |P g|^2 for Gaussian v: what the guide explains is exact.
+The mix of evolutionary strategies by Maheswaranathan et al. 2019 (arXiv 1806.10230) is biased; this is not.
 """
 
 from __future__ import annotations
@@ -35,18 +42,21 @@ def forward(
     clip: float = 0.0,
     exact_top: int = 0,
     checkpoint: bool = False,
+    guided: bool = False,
     exact_head: bool = False,
 ) -> Estimator:
     """Forward mode: g_hat = (1/K) sum_k c_k v_k with c_k the exact directional derivative along v_k.
 
     Args:
         directions: K, the number of directions a batch.
-        distribution: gaussian, rademacher, sphere or orthogonal.
+        distribution: gaussian, rademacher, sphere, orthogonal or basis.
         chunk: directions at once, 0 for all: memory for `chunk` tangents, and another value pass a chunk.
         candidates: directions drawn for each one kept, those nearest to the last aggregated gradient; 1 for no choice.
         clip: largest size of a directional derivative; 0 for none.
         exact_top: how many of the last blocks, and the head with them, have their gradient by reverse mode; -1 for all.
         checkpoint: those blocks' activations are computed again on the way back.
+        guided: the guide (method.guide) is one of the K directions, the rest at right angles to it; all random where
+            there is none yet.
         exact_head: take at least the head's gradient by reverse mode (the setting `head = "exact"` of a method).
 
     Raises:
@@ -60,6 +70,11 @@ def forward(
         raise ValueError(f"chunk = {chunk} with directions = {directions}: give less than that, or 0 for all at once.")
     if exact_top < -1:
         raise ValueError(f"exact_top = {exact_top}: give a number of blocks, or -1 for all of them.")
+    if guided and (directions < 2 or candidates > 1):
+        raise ValueError(
+            f"guided with directions = {directions} and candidates = {candidates}: it takes one direction of at least "
+            f"2, and leaves nothing to choose. Set directions to 2 or more, candidates to 1."
+        )
     if checkpoint and not exact_top:
         raise ValueError("checkpoint has no effect with exact_top = 0: no block is run backwards. Remove it.")
 
@@ -67,9 +82,11 @@ def forward(
         pieces, exact = loss_fn.pieces(batch, seed), exact_head or exact_top
         at = [loss_fn.cut(one.batch, one.seed, exact_top, checkpoint) for one in pieces] if exact else []
         inside, above = cuts.split(at[0], params) if at else (dict(params), {})
+        heading = terms.heading(loss_fn.guide, inside) if guided else {}
         count = directions if inside else 0
-        seeds = terms.chosen(seed, count, inside, distribution, candidates, loss_fn.guide)
-        drawn = noise.stack(seeds, inside, distribution) if seeds else {}
+        seeds = terms.chosen(seed, count - bool(heading), inside, distribution, candidates, loss_fn.guide)
+        random = noise.stack(seeds, inside, distribution) if seeds else {}
+        drawn = terms.beside(heading, random)
 
         def linear(piece: Piece) -> _Slopes:
             if at:
@@ -78,9 +95,11 @@ def forward(
             return _Slopes(float(loss), slopes.tolist(), {})
 
         loss, slopes, dense = summed(pieces, linear)
-        kept = terms.guarded(slopes, clip)
+        onto = terms.onto(heading, random)
+        kept = terms.guarded(terms.apart(slopes, onto), clip)
         made = terms.made(seeds, kept.mean(), tuple(inside), distribution)
         runs = -(-count // chunk) if chunk and count else 1
+        dense = {**dense, **terms.along_heading(heading, slopes, onto, kept)}
         passes = _passes(at[0].share if at else 0.0, runs, count, checkpoint)
         return Estimate(loss, dense, made, passes, kept.scalars)
 

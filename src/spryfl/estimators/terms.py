@@ -46,7 +46,7 @@ def check(directions: int, distribution: str, clip: float, candidates: int = 1) 
     if candidates > 1 and distribution in noise.JOINT:
         raise ValueError(
             f"candidates = {candidates} with distribution = {distribution!r}: the choice would come before the "
-            f"directions are made orthogonal. Use candidates = 1 or another distribution."
+            f"directions are made to fit each other. Use candidates = 1 or another distribution."
         )
 
 
@@ -65,6 +65,37 @@ def _cosine(along: Params, toward: Params) -> float:
     """Up to the guide's own length, which is the same for all."""
     product = sum(float((along[name].double() * value.double()).sum()) for name, value in toward.items())
     return product / tree.norm(along)
+
+
+def heading(guide: Params, like: Params) -> dict[str, Tensor]:
+    """u, the guide's direction over a block, |u| = 1 and 0 where the guide has nothing; empty without a guide."""
+    own = {name: guide[name] if name in guide else torch.zeros_like(value) for name, value in like.items()}
+    length = tree.norm(own)
+    return tree.scale(own, 1 / length) if 0 < length < math.inf else {}
+
+
+def beside(heading: Params, random: Params) -> Params:
+    """u in front of random directions, name -> (K, *shape)."""
+    return {name: torch.cat([u[None].to(random[name]), random[name]]) for name, u in heading.items()} or random
+
+
+def onto(heading: Params, random: Params) -> list[float]:
+    """<v_k, u> of each random direction; nothing without u."""
+    parts = [(random[name].flatten(1).double() @ u.flatten().double()) for name, u in heading.items()]
+    return torch.stack(parts).sum(0).tolist() if parts else []
+
+
+def apart(slopes: Sequence[float], onto: Sequence[float]) -> Sequence[float]:
+    """The slopes along P v_k, P = I - u u^T, from <g, u> and the slopes along v_k; as they are without u."""
+    return [c - part * slopes[0] for c, part in zip(slopes[1:], onto, strict=True)] if onto else slopes
+
+
+def along_heading(heading: Params, slopes: Sequence[float], onto: Sequence[float], kept: Guarded) -> dict[str, Tensor]:
+    """The estimate's part along u: (<g, u> - sum_k c_k <v_k, u> / K) u, as the terms are along v_k, not P v_k."""
+    if not onto:
+        return {}
+    part = sum(c * one for c, one in zip(rounded(kept.mean()), onto, strict=True))
+    return tree.scale(heading, slopes[0] - part)
 
 
 def along(seeds: Sequence[int], like: Params, distribution: str) -> Iterator[dict[str, Tensor]]:

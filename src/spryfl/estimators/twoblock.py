@@ -60,7 +60,7 @@ def two_block(
         p2: directions of block 2; in "joint" for each one of block 1.
         scheme: central, forward or jvp: how a directional derivative is taken.
         mu: the perturbation's size, in units of the values; without effect in jvp.
-        distribution: gaussian, rademacher, sphere or orthogonal.
+        distribution: gaussian, rademacher, sphere, orthogonal or basis.
         clip: largest size of a directional derivative; 0 for none.
         budget: passes (value and tangent) that one estimate may take: p1 and p2 are then the pilot, and the rest is
             dealt by what they showed. 0: just p1 and p2. Only in "decoupled".

@@ -108,7 +108,7 @@ def outlined(
         codec_of(precision)
     whole = built(config, range(config.num_hidden_layers), adapter, task, precision)
     coded = _coded_bytes(whole.module)
-    frozen, every = _frozen(whole.module), _values(whole.module)
+    frozen, every, mapped = _frozen(whole.module), _values(whole.module), _mapped(whole.module, precision)
     return Outline(
         name=name,
         config=config,
@@ -117,8 +117,7 @@ def outlined(
         task=task,
         precision=precision,
         units=whole.units,
-        backbone=sum(value.nbytes for name, value in frozen.items() if name not in _mapped(whole.module, precision))
-        + sum(coded),
+        backbone=sum(value.nbytes for name, value in frozen.items() if name not in mapped) + sum(coded),
         blocks=coded,
         adapters=sum(value.nbytes for value in whole.params.values())
         + sum(value.nbytes for name, value in every.items() if name not in frozen),
@@ -131,8 +130,34 @@ def built(config: Any, chosen: Sequence[int], adapter: Adapter, task: Task, prec
         base = models.empty(_shortened(config, chosen), task, torch.float32 if precision else None)
         if precision:
             _encode(base, task, precision)
-        made = adapters.wrap(base, adapter, task.head)
+        short = len(chosen) < config.num_hidden_layers
+        made = adapters.wrap(base, _renumbered(adapter, chosen) if short else adapter, task.head)
     return Skeleton(made.module, dict(made.params), made.units, tuple(_types(config)[i] for i in chosen))
+
+
+def _layers(adapter: Adapter) -> tuple[int, ...]:
+    """The blocks that an adapter is put on; empty for all."""
+    asked = getattr(adapter.config(()), "layers_to_transform", None) or ()
+    return tuple(asked) if isinstance(asked, list | tuple) else (asked,)
+
+
+def _here(layers: Sequence[int], chosen: Sequence[int]) -> list[int]:
+    """Where in a short form the blocks of an adapter are; the last one stands for them where none is chosen."""
+    return [here for here, i in enumerate(chosen) if i in layers] or [len(chosen) - 1] * bool(layers)
+
+
+def _renumbered(adapter: Adapter, chosen: Sequence[int]) -> Adapter:
+    """An adapter of some blocks alone, for a short form, whose blocks have other numbers."""
+    layers = _layers(adapter)
+    if not layers:
+        return adapter
+
+    def config(head: Sequence[str]) -> Any:
+        made: Any = adapter.config(head)
+        made.layers_to_transform = _here(layers, chosen)
+        return made
+
+    return adapter._replace(config=config)
 
 
 def _encode(base: Any, task: Task, precision: str) -> None:
@@ -159,8 +184,8 @@ def _mapped(module: Any, precision: str) -> set[str]:
 
 
 def skeleton(of: Outline, chosen: Sequence[int]) -> Skeleton:
-    """A short form of a model; the same one for blocks of the same types."""
-    key = "skeleton", tuple(_types(of.config)[i] for i in chosen)
+    """A short form of a model; the same one for blocks of the same types with the adapter at the same places."""
+    key = "skeleton", tuple(_types(of.config)[i] for i in chosen), *_here(_layers(of.adapter), chosen)
     if key not in of.known:
         of.known[key] = built(of.config, chosen, of.adapter, of.task, of.precision)
     return of.known[key]

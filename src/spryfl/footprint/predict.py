@@ -257,8 +257,11 @@ def _kept(places: Mapping[Kind, Sequence[int]], reverse: bool) -> dict[Kind, int
     """How many blocks of each kind a short form has.
 
     Of those that tangents run through there are two in all, on either side of a cut: what comes into the first has none
-    yet. With reverse mode above the cut there are none there.
+    yet. With reverse mode above the cut there are none there. Where nothing of any block is moved there are two of
+    each kind: a block whose input another block made holds one hidden state more than the first.
     """
+    if not any(kind.moved for kind in places):
+        return dict.fromkeys(places, 2)
     sides = [[k for k in places if k.moved and k.above == above] for above in (False, True)]
     alone = [side[0] for side in sides[: 1 if reverse else 2] if len(side) == 1]
     return {kind: 2 if kind in alone else 1 for kind in places}
@@ -286,7 +289,7 @@ def _short(asked: _Asked, what: str, chosen: tuple[int, ...]) -> _Held:
     asked = asked._replace(mine=mine or frozenset(), exact=exact)
     choices = asked.method.estimator, asked.method.local_optimizer, asked.method.head
     plain = what == "values" and exact is None
-    key = (what, "" if plain else repr(choices), form.types, *asked[2:])
+    key = (what, "" if plain else repr(choices), form.types, tuple(u.name for u in form.units), *asked[2:])
     known = asked.of.known
     if key not in known:
         known[key] = _run(asked, what, form)

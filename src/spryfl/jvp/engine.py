@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .dual import Dual, demote, promoted
-from .memory import pool, settle
+from .memory import keep_freed, pool
 
 Function = Callable[[dict[str, Tensor]], Any]
 
@@ -27,10 +27,10 @@ def jvp(
 ) -> tuple[Any, Any]:
     """A function's value and its derivatives in K directions: tangents[k] = d/dt f(params + t directions[k]) at t = 0.
 
-    Arguments:
+    Args:
         f: from named tensors to a tensor or a tuple of tensors; typically `torch.func.functional_call` on a model. It
-        is run once
-            per chunk, without a gradient graph. What it draws at random it must seed itself, so that chunks agree.
+            is run once per chunk, without a gradient graph. What it draws at random it must seed itself, so that
+            chunks agree.
         params: name -> tensor, all that `f` reads from its argument.
         directions: name -> (K, *shape of the parameter), for the perturbed names; the others' tangents are zero.
         chunk: directions at once, K where None. A smaller one bounds memory and costs one more run of values per chunk.
@@ -91,7 +91,7 @@ def some(names: Mapping[str, Any], limit: int = 8) -> str:
 def run(f: Function, params: Mapping[str, Tensor], directions: Mapping[str, Tensor]) -> tuple[Any, Any]:
     """One run of f for one chunk of directions."""
     k = len(next(iter(directions.values())))
-    settle()
+    keep_freed()
     tokens = promoted.set([]), pool.set({})
     try:
         with torch.no_grad():

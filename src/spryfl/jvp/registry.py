@@ -65,6 +65,9 @@ def rule_for(func: Callable[..., Any]) -> Callable[[R], R]:
     The function must ask `torch.overrides.has_torch_function` about its tensors first, and hand itself to
     `handle_torch_function`, as torch's own Python functions do.
 
+    Args:
+        func: the function that is called.
+
     Example:
         >>> def double(x):
         ...     if torch.overrides.has_torch_function_unary(x):

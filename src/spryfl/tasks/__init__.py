@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from spryfl import registry
 from spryfl.data.columns import Needs
 from spryfl.tasks.causal_lm import causal_lm
 from spryfl.tasks.classification import classification
@@ -16,7 +17,7 @@ from spryfl.tasks.multiple_choice import multiple_choice
 from spryfl.tasks.multirc import multirc
 from spryfl.tasks.prompted import prompted, prompted_choice
 from spryfl.tasks.question_answering import question_answering
-from spryfl.tasks.record import AT, OF, TARGETS, Rows, Task
+from spryfl.tasks.record import AT, OF, TARGETS, Rows, Task, lengths
 from spryfl.tasks.rows import by_length, collate, count, encode, inputs, parts, shuffled
 
 TASKS: dict[str, Callable[..., Task]] = {
@@ -33,14 +34,16 @@ TASKS: dict[str, Callable[..., Task]] = {
 def build(choice: Mapping[str, Any]) -> Task:
     """The task that a choice names: {"kind": key or builder, option: value, ...}.
 
+    Args:
+        choice: {"kind": a key of TASKS or a builder, and its options by name}.
+
+    Raises:
+        ValueError: no key is so, or an option is out of its range.
+
     >>> build({"kind": "classification"}).metric
     'accuracy'
     """
-    options = {key: value for key, value in choice.items() if key != "kind"}
-    kind: Any = choice["kind"]
-    if not callable(kind) and kind not in TASKS:
-        raise ValueError(f'task = "{kind}" is unknown. Possible: {", ".join(TASKS)}, or a builder of yours.')
-    return (kind if callable(kind) else TASKS[kind])(**options)
+    return registry.made("task", TASKS, choice)
 
 
 __all__ = [
@@ -58,6 +61,7 @@ __all__ = [
     "count",
     "encode",
     "inputs",
+    "lengths",
     "parts",
     "shuffled",
 ]

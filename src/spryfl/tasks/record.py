@@ -34,6 +34,15 @@ class Rows(NamedTuple):
     pad: int  # the padding token
 
 
+def lengths(rows: Rows) -> list[int]:
+    """Tokens of every sequence of the rows.
+
+    Args:
+        rows: what `Task.encode` made.
+    """
+    return [len(one["input_ids"]) for row in rows.inputs for one in row]
+
+
 def wide(logits: Tensor) -> Tensor:
     """Logits in float32 at least: a loss in half precision is too coarse for differences and derivatives."""
     return logits if logits.dtype == torch.float64 else logits.float()

@@ -18,7 +18,16 @@ from spryfl.types import Batch
 
 
 def encode(tokenizer: Any, examples: Examples, max_length: int) -> Rows:
-    """Tokens of each example's text, or text and pair, cut at `max_length`; counts how many were cut."""
+    """Tokens of each example's text, or text and pair, cut at `max_length`; counts how many were cut.
+
+    Args:
+        tokenizer: of the model.
+        examples: texts, pairs, labels.
+        max_length: tokens.
+
+    Returns:
+        Rows: a sequence and a label each.
+    """
     if not examples.text:
         return Rows((), (), 0, tokenizer.pad_token_id)
     texts = [list(examples.text)] + ([list(examples.pair)] if examples.pair is not None else [])
@@ -36,6 +45,11 @@ def collate(rows: Rows, indices: Sequence[int], device: torch.device | str = "cp
 
     Lists become int64 (sequences, longest), padded; numbers become (sequences,), "labels" among them. `labels_of`
     says which row of the batch a sequence is from.
+
+    Args:
+        rows: encoded examples.
+        indices: which of them, in this order.
+        device: of the tensors.
     """
     chosen = [(row, sequence) for row, i in enumerate(indices) for sequence in rows.inputs[i]]
     batch = {OF: torch.tensor([row for row, _ in chosen])}
@@ -57,12 +71,21 @@ def _column(values: Sequence[Any], pad: int) -> Tensor:
 
 
 def count(batch: Batch) -> int:
-    """The rows of a batch, of one sequence each or of several."""
+    """The rows of a batch, of one sequence each or of several.
+
+    Args:
+        batch: as `collate` made it.
+    """
     return int(batch[OF][-1]) + 1 if OF in batch else len(next(iter(batch.values())))
 
 
 def parts(batch: Batch, rows: int) -> list[Batch]:
-    """A batch in parts of at most so many rows, in order; the sequences of a row stay together, padding stays."""
+    """A batch in parts of at most so many rows, in order; the sequences of a row stay together, padding stays.
+
+    Args:
+        batch: as `collate` made it.
+        rows: at most so many a part.
+    """
     total = count(batch)
     if total <= rows:
         return [batch]
@@ -76,7 +99,11 @@ def parts(batch: Batch, rows: int) -> list[Batch]:
 
 
 def inputs(batch: Batch) -> dict[str, Tensor]:
-    """What of a batch the model is given: all but the targets."""
+    """What of a batch the model is given: all but the targets.
+
+    Args:
+        batch: as `collate` made it.
+    """
     return {name: value for name, value in batch.items() if not name.startswith(TARGETS)}
 
 
@@ -86,6 +113,14 @@ def shuffled(
     """The order of local training: `epochs` passes over the rows, or exactly `steps` batches if that is not 0.
 
     With `same` every epoch has the batches of the first, in another order.
+
+    Args:
+        indices: rows of a client.
+        batch_size: rows a batch; the last of an epoch may be smaller.
+        seed: of the order.
+        epochs: passes over the rows.
+        steps: batches in all, 0 for whole epochs.
+        same: keep the first epoch's batches.
     """
     order, done = random.Random(seed), 0
     batches = _dealt(indices, batch_size, order)
@@ -109,7 +144,13 @@ def _dealt(indices: Sequence[int], batch_size: int, order: random.Random) -> lis
 
 
 def by_length(rows: Rows, indices: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Batches of rows of like length, for scoring: little padding."""
+    """Batches of rows of like length, for scoring: little padding.
+
+    Args:
+        rows: encoded examples.
+        indices: which of them.
+        batch_size: rows a batch.
+    """
     order = sorted(indices, key=lambda i: (length(rows.inputs[i]), i))
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
