@@ -91,6 +91,8 @@ def picture(found: dict[str, dict[str, list[float]]], memory: dict[str, dict[str
     """One point a row, with the range over its seeds."""
     figure, axes = plt.subplots(figsize=(7.2, 4.4), layout="constrained")
     rows = {**found, "backprop, checkpointed": found["backprop"]} if "backprop" in found else found
+    if "twin" in rows:  # the same steps by reverse mode, on more seeds
+        rows = {**rows, "forward": rows["twin"]}
     for label, place in MEMORY.items():
         if label not in rows or place not in memory:
             continue
