@@ -69,7 +69,10 @@ def made(tmp_path_factory):
     """A page of two runs with everything that a page can show, and one of seeds."""
     folder = tmp_path_factory.mktemp("pages")
     full = rounds(30, every=3)
-    full[4] |= {"failed": {"1": "gave no answer in time"}, "alignment": {"cos": 0.25, "energy": {"a": 0.5}}}
+    full[4] |= {
+        "failed": {"1": "gave no answer in time"},
+        "alignment": {"cos": 0.25, "law": 0.2, "units": {"a": {"cos": 0.5}}},
+    }
     full[5] |= {"engine": {"flower_bytes_down": 160_000, "flower_bytes_up": 90_000}, "variance": {"0": 0.2, "1": 0.4}}
     full[6] |= {"classes": {"phones": {"asked": 1, "answered": 1, "loss": 0.7, "passes": 12}}}
     runs = [
@@ -170,7 +173,7 @@ def test_every_control_is_reached_by_tab(opened, made):
         view.keyboard.press("Tab")
         seen.append(view.evaluate("document.activeElement.id || document.activeElement.textContent.trim()"))
     assert seen[0] == "To the content"
-    wanted = ["spry", "fedavg", "plot-metric-0", "plot-loss", "accuracy as numbers", "plot-cos"]
+    wanted = ["spry", "fedavg", "plot-metric-0", "plot-loss", "accuracy as numbers", "plot-align-cos"]
     assert [one for one in wanted if one not in seen] == []
     for _ in range(3):
         view.keyboard.press("Shift+Tab")
@@ -245,7 +248,7 @@ def test_a_live_page_draws_itself_anew(opened, tmp_path):
         view.locator("#plot-metric-0").focus()
         with open(folder / "records.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record(3, accuracy=0.75, alignment={"cos": 0.5})) + "\n")
-        view.locator("#plot-cos canvas").wait_for()
+        view.locator("#plot-align-cos canvas").wait_for()
         assert "round 3 of" in view.locator("#part-state").inner_text()
         view.keyboard.press("End")
         assert said(view) == "Seconds 4.5: a 0.7500"

@@ -286,15 +286,25 @@ class TestWhatIsThere:
         assert "The first 75 are drawn. Of 50 classes the 40 largest are drawn." in one.words
 
     def test_alignment_where_records_have_it(self, tmp_path):
-        more = {"alignment": {"cos": 0.125, "energy": {"unit.0": 0.75, "unit.1": 0.25}}}
+        unit = {"cos": 0.5, "energy": 0.75, "gradient": 0.25, "step": None}
+        more = {"alignment": {"cos": 0.125, "law": 0.25, "units": {"unit.0": unit, "unit.1": {"cos": 0.1}}}}
         made = read(write(tmp_path / "a", [record(1, accuracy=0.5), record(2, **more)]))
-        assert made.data["lines"][0]["y"]["cos"] == [None, 0.125]
-        assert made.table("run", "what")[1:] == [["a", "energy", "unit.0", "0.75"], ["a", "energy", "unit.1", "0.25"]]
-        assert "cos" not in read(write(tmp_path / "b", rounds(2))).data["charts"]
+        assert made.data["lines"][0]["y"]["align-cos"] == [None, 0.125]
+        assert made.data["lines"][0]["y"]["align-law"] == [None, 0.25]
+        assert "align-round_cos" not in made.data["charts"]
+        assert made.table("run", "unit")[1:] == [
+            ["a", "unit.0", "0.5", "0.75", "0.25", "-"],
+            ["a", "unit.1", "0.1", "-", "-", "-"],
+        ]
+        assert "align-cos" not in read(write(tmp_path / "b", rounds(2))).data["charts"]
 
-    @pytest.mark.parametrize("strange", [None, 3, "x", {"cos": None}, {"cos": "nan"}, {"energy": [1]}])
+    @pytest.mark.parametrize(
+        "strange", [None, 3, "x", {"cos": None}, {"cos": "nan"}, {"units": [1]}, {"units": {"u": 1}}]
+    )
     def test_alignment_of_another_shape_is_left_out(self, tmp_path, strange):
-        assert "cos" not in read(write(tmp_path / "a", [record(1, accuracy=0.5, alignment=strange)])).data["charts"]
+        made = read(write(tmp_path / "a", [record(1, accuracy=0.5, alignment=strange)]))
+        assert not [chart for chart in made.data["charts"] if chart.startswith("align")]
+        assert "By unit" not in made.text
 
     def test_classes_of_clients(self, tmp_path):
         one = {"asked": 2, "answered": 1, "loss": 0.5, "passes": 12}

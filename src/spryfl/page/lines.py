@@ -51,9 +51,9 @@ def charts(runs: Sequence[Run]) -> list[Chart]:
 
 def diagnostics(runs: Sequence[Run]) -> list[Chart]:
     """The pictures of what a round looked like from inside."""
+    seen = [Chart(f"align-{key}", title, said, _aligned(key)) for key, (title, said) in _ALIGNED.items()]
     made = [
-        Chart("cos", "alignment", "Cosine of the estimate to the gradient: 1 is the gradient's own direction.",
-              alignment),
+        *seen,
         Chart("scalar-rms", "size of the scalars", "Root mean square of a round's directional derivatives.",
               _field("scalar_rms"), log=True),
         Chart("scalar-max", "largest scalar", "Spikes are how runs along random directions diverge.",
@@ -65,10 +65,24 @@ def diagnostics(runs: Sequence[Run]) -> list[Chart]:
     return [chart for chart in made if _any(chart, runs)]
 
 
-def alignment(record: Record) -> Any:
-    """The cosine of the estimate to the gradient, where a record has one."""
-    found = record.get("alignment")
-    return found.get("cos") if isinstance(found, Mapping) else None
+# What a record's look at the true gradient says, by its key there.
+_ALIGNED = {
+    "cos": (
+        "alignment",
+        "Cosine of the estimate to the gradient on the probe rows: 1 is the gradient's own direction.",
+    ),
+    "law": ("alignment by its law", "What theory expects of so many directions over so many values."),
+    "seeded_cos": ("alignment along directions", "Over those values alone that are estimated along random directions."),
+    "round_cos": ("alignment of the round", "Of what the answers come to, after local steps on the clients' own rows."),
+}
+
+
+def _aligned(key: str) -> Callable[[Record], Any]:
+    def of(record: Record) -> Any:
+        found = record.get("alignment")
+        return found.get(key) if isinstance(found, Mapping) else None
+
+    return of
 
 
 def _field(key: str) -> Callable[[Record], Any]:

@@ -231,17 +231,28 @@ def _classes(runs: Sequence[Run]) -> Table:
     return Table(("run", "class", "asked", "answered", "passes", "loss, last"), rows)
 
 
+_BY_UNIT = {
+    "cos": "alignment",
+    "energy": "share of the estimate",
+    "gradient": "share of the gradient",
+    "step": "step / value",
+}
+
+
 def _units(runs: Sequence[Run]) -> Table:
-    """What the newest record with an alignment says beside its cosine, by unit."""
+    """What the newest look at the true gradient says of each unit that moved in its round."""
     rows = []
     for run in runs:
-        told: Mapping[str, Any] = next(
-            (r["alignment"] for r in reversed(run.records) if isinstance(r.get("alignment"), Mapping)), {}
-        )
-        for what, values in told.items():
-            if isinstance(values, Mapping):
-                rows += [(run.name, what, str(unit), _number(value)) for unit, value in values.items()]
-    return Table(("run", "what", "unit", "newest"), rows)
+        told: Mapping[str, Any] = next((r["alignment"] for r in reversed(run.records) if _looked(r)), {})
+        for unit, own in told.get("units", {}).items():
+            if isinstance(own, Mapping):
+                rows.append((run.name, str(unit), *(_number(own.get(key)) for key in _BY_UNIT)))
+    return Table(("run", "unit", *_BY_UNIT.values()), rows)
+
+
+def _looked(record: Record) -> bool:
+    found = record.get("alignment")
+    return isinstance(found, Mapping) and isinstance(found.get("units"), Mapping)
 
 
 def _number(value: Any) -> str:
