@@ -119,6 +119,10 @@ def picture(found: dict[str, dict[str, list[float]]], memory: dict[str, dict[str
 
 def main() -> None:
     """The table if run folders are given, and the picture."""
+    if sys.argv[1:] and sys.argv[1].endswith(".json"):
+        rows = json.dumps(results(table(sys.argv[2:]), {}), indent=1)
+        (HERE / sys.argv[1]).write_text(rows + "\n", encoding="utf-8")
+        return
     if sys.argv[1:]:
         (HERE / "table.json").write_text(json.dumps(table(sys.argv[1:]), indent=1) + "\n", encoding="utf-8")
     found = json.loads((HERE / "table.json").read_text(encoding="utf-8"))
