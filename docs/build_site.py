@@ -23,16 +23,8 @@ import spryfl
 
 ROOT = Path(__file__).parents[1]
 PAGES, SITE = ROOT / "build" / "pages", ROOT / "build" / "site"
-WANTED = (
-    "README.md",
-    "CONTRIBUTING.md",
-    "CHANGELOG.md",
-    "SECURITY.md",
-    "docs",
-    "experiments",
-    "benchmarks",
-    "examples",
-)
+WANTED = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "docs", "experiments", "benchmarks")
+SHOWN = ("examples", "tests", "src")  # sources that pages link to
 KINDS = {".md", ".png", ".svg", ".py", ".toml", ".sh", ".json"}
 OWN = {Path(__file__), Path(__file__).with_name("docstrings.py")}
 LINK = re.compile(r"(\]\()([^)\s#:]+)((?:#[^)\s]*)?\))")
@@ -72,7 +64,7 @@ def reference(folder: Path) -> None:
             if where in seen or not (callable(value) or isinstance(value, dict)):
                 continue
             seen.add(where)
-            members = "      members: true\n" if inspect.isclass(value) and full != "spryfl.types" else ""
+            members = "      members: true\n" if inspect.isclass(value) else ""
             text += [f"::: {where}", "    options:", f"      heading: {full}.{name}", f"      toc_label: {name}"]
             text += [members] if members else [""]
         (folder / f"{full}.md").write_text("\n".join(text), encoding="utf-8")
@@ -84,7 +76,7 @@ def reference(folder: Path) -> None:
 def gather() -> None:
     """Copies the pages and what they show into build/pages."""
     shutil.rmtree(PAGES, ignore_errors=True)
-    for name in WANTED:
+    for name in (*WANTED, *SHOWN):
         above = ROOT / name
         for path in sorted([above] if above.is_file() else above.rglob("*")):
             if path.is_file() and path.suffix in KINDS and path not in OWN and "__pycache__" not in path.parts:

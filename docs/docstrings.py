@@ -1,4 +1,4 @@
-"""Docstrings as the site shows them: examples are code blocks, arguments explained together stand one by one."""
+"""Docstrings as the site shows them: examples as code, arguments and a record's fields explained one by one."""
 
 from __future__ import annotations
 
@@ -17,6 +17,15 @@ class Shown(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring is not None:
             obj.docstring.value = shown(obj.docstring.value)
+        elif isinstance(obj, griffe.Attribute) and (said := comment(obj)):
+            obj.docstring = griffe.Docstring(said, parent=obj)
+
+
+def comment(obj: griffe.Attribute) -> str:
+    """What stands behind a record's field as a comment: in the sources that is where fields are explained."""
+    line = obj.source.splitlines()[0] if obj.source else ""
+    code, _, said = line.partition("  # ")
+    return said if ":" in code and not said.startswith(("noqa", "type:")) else ""
 
 
 def shown(text: str) -> str:

@@ -59,7 +59,8 @@ def test_the_navigation_has_every_page():
 def test_everything_that_the_site_is_made_of_is_in_the_sdist():
     told = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     inside = set(told["tool"]["hatch"]["build"]["targets"]["sdist"]["include"])
-    assert {*loaded("build_site").WANTED, "mkdocs.yml", "src", "tests", "Makefile"} <= inside
+    site = loaded("build_site")
+    assert {*site.WANTED, *site.SHOWN, "mkdocs.yml", "Makefile"} <= inside
 
 
 def test_the_extras_are_those_that_the_readme_names():
@@ -103,3 +104,13 @@ def test_docstrings_as_they_are_shown():
     )
     assert shown("One.\n\n>>> f()\n2\n\nTwo.") == "One.\n\n```pycon\n>>> f()\n2\n```\n\nTwo."
     assert "```python\n    x = f()\n    ```" in shown("One.\n\nExample:\n    x = f()")
+
+
+def test_a_field_is_explained_by_its_comment(tmp_path):
+    griffe = pytest.importorskip("griffe")
+    (tmp_path / "one.py").write_text(
+        "class A:\n    size: int  # rows\n    name: str = ''\n    other: int = 3  # noqa: X\n"
+    )
+    fields = griffe.load("one", search_paths=[tmp_path])["A"].members
+    explained = loaded("docstrings").comment
+    assert {name: explained(field) for name, field in fields.items()} == {"size": "rows", "name": "", "other": ""}

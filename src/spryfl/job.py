@@ -73,12 +73,6 @@ def deal(experiment: Experiment, corpus: data.Corpus) -> tuple[tuple[int, ...], 
     return make(labels, groups, experiment.partition.clients, noise.child_seed(experiment.seed, "partition"))
 
 
-def _drawn(experiment: Experiment) -> int:
-    """The seed of what the model's files lack: the run's, or that of the adapter it starts from."""
-    seed, start = noise.child_seed(experiment.seed, "model"), experiment.model.adapter
-    return models.drawn(Path(start), seed) if start else seed
-
-
 def load_model(experiment: Experiment, labels: tuple[str, ...]) -> Model:
     """The experiment's model with its adapter."""
     m, seed = experiment.model, noise.child_seed(experiment.seed, "model")
@@ -88,7 +82,7 @@ def load_model(experiment: Experiment, labels: tuple[str, ...]) -> Model:
         revision=m.revision,
         attention=m.attention,
         trust_remote_code=m.trust_remote_code,
-        seed=_drawn(experiment),
+        seed=models.drawn(m.adapter, seed),
         task=(task := tasks.build(experiment.task)),
         stream=m.stream,
     )
@@ -293,7 +287,7 @@ def resume(job: Job, folder: Path) -> tuple[Journal, ServerState, Progress]:
     fresh = train.start(job.plan, job.model.params)
     state, progress = journal.load(opened) if begun else fresh
     same_data(opened, job)
-    _same_values(opened, state, fresh[0])
+    journal.same_values(opened, state, fresh[0])
     journal.rewind(opened, state.round if begun else -1)
     return opened, state, progress
 
@@ -341,7 +335,7 @@ def card(job: Job) -> dict[str, Any]:
         "labels": list(job.model.labels),
         "max_length": d.data.max_length,
         "method": d.method.name,
-        "seed": _drawn(d),
+        "seed": models.drawn(d.model.adapter, noise.child_seed(d.seed, "model")),
         **({"stream": True} if d.model.stream else {}),
     }
 
@@ -388,17 +382,4 @@ def same_data(opened: Journal, job: Job) -> None:
         raise ValueError(
             f"the data of {opened.folder} have changed since it began ({job.corpus.source}; the docstrings change with "
             f"the installed packages). Restore them, or start a new run."
-        )
-
-
-def _same_values(opened: Journal, state: ServerState, fresh: ServerState) -> None:
-    """A state of other names or shapes belongs to another adapter, model or method."""
-    shapes, expected = (
-        [{name: value.shape for name, value in values.items()} for values in (one.params, *one.optimizer.values())]
-        for one in (state, fresh)
-    )
-    if shapes != expected:
-        raise ValueError(
-            f"the state of {opened.folder} does not fit its config.toml: the model, the adapter or the method was "
-            f"changed since the run began. Restore config.toml, or start a new run."
         )

@@ -164,3 +164,16 @@ def writing(path: Path, undo: Callable[[], None] = lambda: None) -> Iterator[Non
             f"could not write {path}: {error.strerror or error}. What was there before is untouched; "
             f"free some space, then go on with: spryfl resume"
         ) from error
+
+
+def same_values(opened: Journal, state: ServerState, fresh: ServerState) -> None:
+    """A state of other names or shapes belongs to another adapter, model or method."""
+    shapes, expected = (
+        [{name: value.shape for name, value in values.items()} for values in (one.params, *one.optimizer.values())]
+        for one in (state, fresh)
+    )
+    if shapes != expected:
+        raise ValueError(
+            f"the state of {opened.folder} does not fit its config.toml: the model, the adapter or the method was "
+            f"changed since the run began. Restore config.toml, or start a new run."
+        )

@@ -342,9 +342,9 @@ def read_card(folder: Path) -> dict[str, Any]:
         ) from None
 
 
-def drawn(folder: Path, seed: int = 0) -> int:
-    """The seed that drew what the base model's files lack and training leaves as it is: a pooler that was not saved."""
-    return read_card(folder).get("seed", seed) if (folder / CARD).is_file() else seed
+def drawn(adapter: str | Path, seed: int = 0) -> int:
+    """The seed that drew what the base model's files lack and nobody trains, a pooler, where an adapter says it."""
+    return read_card(Path(adapter)).get("seed", seed) if adapter and (Path(adapter) / CARD).is_file() else seed
 
 
 def open_adapter(folder: Path, trust_remote_code: bool = False, device: str = "cpu", task: Task | None = None) -> Model:

@@ -197,11 +197,15 @@ LOCAL: dict[str, Callable[..., Optimizer | None]] = {**OPTIMIZERS, "none": none}
 
 
 def warmed(schedule: Callable[[float], float], share: float) -> Callable[[float], float]:
-    """A schedule that first rises: times min(1, 0.1 + 0.9 done / share); share 0 leaves it as it is.
+    """A schedule that first rises: times min(1, 0.1 + 0.9 done / share).
 
-    >>> rising = warmed(SCHEDULES["linear"], 0.5)
-    >>> [round(rising(done), 3) for done in (0.0, 0.25, 0.5, 0.75)]
-    [0.1, 0.412, 0.5, 0.25]
+    Args:
+        schedule: share of the run done, in [0, 1) -> factor on the rate.
+        share: of the run in which it rises; 0 leaves the schedule as it is.
+
+    >>> rising = warmed(SCHEDULES["constant"], 0.5)
+    >>> [round(rising(done), 2) for done in (0.0, 0.25, 0.5, 0.75)]
+    [0.1, 0.55, 1.0, 1.0]
     """
     if not share:
         return schedule

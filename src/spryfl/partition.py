@@ -160,7 +160,13 @@ def statistics(parts: Parts, labels: Sequence[int], n_classes: int) -> Statistic
 
 
 def written(parts: Parts, labels: Sequence[int], names: Sequence[str]) -> dict[str, list[str]]:
-    """The counts as words, for a run's facts: a client a line, its rows of each class; all its rows without classes."""
+    """The counts as words, for a run's facts: a client a line, its rows of each class; all its rows without classes.
+
+    Args:
+        parts: each client's rows.
+        labels: the class of each row, as a number.
+        names: of the classes; empty where there are none.
+    """
     counts = statistics(parts, labels, len(names)).counts if names else tuple((len(rows),) for rows in parts)
     return {"labels": list(names), "rows": [" ".join(map(str, one)) for one in counts]}
 

@@ -35,7 +35,11 @@ class Rows(NamedTuple):
 
 
 def lengths(rows: Rows) -> list[int]:
-    """Tokens of every sequence of the rows."""
+    """Tokens of every sequence of the rows.
+
+    Args:
+        rows: what `Task.encode` made.
+    """
     return [len(one["input_ids"]) for row in rows.inputs for one in row]
 
 
