@@ -252,6 +252,11 @@ def test_a_live_page_draws_itself_anew(opened, tmp_path):
         assert "round 3 of" in view.locator("#part-state").inner_text()
         view.keyboard.press("End")
         assert said(view) == "Seconds 4.5: a 0.7500"
+        view.keyboard.press("Home")
+        view.keyboard.press("ArrowRight")
+        assert said(view) == "Seconds 3: a 0.5000"
+        view.locator("#numbers-align-cos summary").click()
+        assert "0.5000" in view.locator("#numbers-align-cos table").inner_text()
         assert view.locator("#settings-1").get_attribute("open") is not None
         assert violations(view) == []
         facts = json.loads((folder / "run.json").read_text())

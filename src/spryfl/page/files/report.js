@@ -236,8 +236,8 @@ const sizes = new ResizeObserver(entries => entries.forEach(({ target }) => {
   if (known && target.clientWidth) known.u.setSize({ width: target.clientWidth, height: target.clientHeight });
 }));
 function listen() {
-  $$(".plot").forEach(one => { one.addEventListener("keydown", step); sizes.observe(one); });
-  $$(".numbers").forEach(one => one.addEventListener("toggle", () => numbers(one)));
+  $$(".plot").forEach(one => { one.onkeydown = step; sizes.observe(one); });
+  $$(".numbers").forEach(one => { one.ontoggle = () => numbers(one); });
 }
 
 // ---- switches
