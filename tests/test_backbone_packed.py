@@ -106,7 +106,7 @@ def test_unknown_precision():
 
 def test_four_bits_without_bitsandbytes(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(ValueError, match=r"needs bitsandbytes: `pip install \"spryfl\[quantized\]\"`"):
+    with pytest.raises(ValueError, match=r"needs bitsandbytes: `pip install \"spryfl\[quant\]\"`"):
         CODECS["4bit"].encode(torch.ones(2, 64))
     CODECS["8bit"].encode(torch.ones(2, 64))
 
