@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+from spryfl.sites import processes
+
 BIN = Path(sys.executable).parent
 APP = """\
 [project]
@@ -41,7 +43,8 @@ class Federation:
 
     def __init__(self, folder: Path, client: str = "spryfl.engines.flower:client_app"):
         self.folder, self.started = folder, []
-        self.port, *self.node_ports = _free(4)
+        self.port = processes.free_ports(4)
+        self.node_ports = [self.port + 1 + i for i in range(3)]
         (folder / "app").mkdir(parents=True)
         (folder / "app" / "pyproject.toml").write_text(APP.format(client=client))
         (folder / "home").mkdir()
@@ -167,15 +170,3 @@ def _until(true, seconds: float, otherwise: str) -> None:
 def _listens(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def _free(count: int) -> list[int]:
-    """Ports that nobody listens on."""
-    held = [socket.socket() for _ in range(count)]
-    try:
-        for one in held:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in held]
-    finally:
-        for one in held:
-            one.close()

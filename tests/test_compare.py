@@ -564,4 +564,4 @@ def test_without_a_configuration_it_is_the_quickstarts(spryfl, monkeypatch, tmp_
     assert list(made.runs) == [("spry", 1), ("fedavg", 1), ("spry", 2), ("fedavg", 2)]
     quick = config.Experiment.load(config.QUICKSTART, {"train": {"rounds": 2}, "seed": 1, "name": "spry-seed1"})
     assert made.runs["spry", 1] == quick
-    assert (folder, quiet) == (Path("runs/compare-quickstart"), False)
+    assert (folder, quiet, target) == (Path("runs/compare-quickstart"), False, 0.0)

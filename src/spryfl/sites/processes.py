@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -130,8 +131,8 @@ def answers(port: int) -> Callable[[], bool]:
 
 def free_ports(count: int) -> int:
     """The first of so many ports in a row that nobody listens on."""
-    start = 20_000 + (os.getpid() * 16) % 20_000  # below those that the system gives away
-    runs = (port for port in range(start, 64_000, count) if not any(answers(port + i)() for i in range(count)))
+    start = 20_000 + secrets.randbelow(10_000)  # below 32768, from where on the system gives them to any connection
+    runs = (port for port in range(start, 32_768 - count, count) if not any(answers(port + i)() for i in range(count)))
     return next(runs)
 
 
