@@ -10,6 +10,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side; tiny products gai
 
 import csv
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,14 @@ def _own_generators():
     """No test may move PyTorch's global generator for the next."""
     with torch.random.fork_rng():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _own_process():
+    """What a command says of its process, fresh when it stands alone, holds for no later test in this one."""
+    yield
+    if "spryfl.footprint.process" in sys.modules:
+        sys.modules["spryfl.footprint.process"]._here.clear()
 
 
 @pytest.fixture(scope="session")

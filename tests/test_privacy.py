@@ -266,5 +266,5 @@ def test_what_would_break_the_promise_is_refused(changes, said):
 
 def test_without_an_accountant_there_is_no_promise(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"spryfl\[privacy\]"):
+    with pytest.raises(ValueError, match=r"spryfl\[dp\]"):
         privacy.drawn_key(CLEAR)
