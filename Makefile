@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PYTEST_ARGS ?= -n 2 --dist loadgroup
+PYTEST_ARGS ?= -n 2
 
 .PHONY: quickstart test docs clean
 # What `make quickstart` changes of the quickstart's settings, for a shorter one: QUICKSTART_ARGS="--rounds 2"

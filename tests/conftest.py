@@ -25,14 +25,6 @@ BAD = ["bad", "poor", "dull", "cold", "sad"]
 PLAIN = ["the", "film", "was", "a", "day", "we", "saw", "in", "town", "and", "they", "said", "it"]
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
-def pytest_collection_modifyitems(items):
-    """One federation at a time: two would take each other's ports and cores."""
-    for item in items:
-        if item.get_closest_marker("flower"):
-            item.add_marker(pytest.mark.xdist_group("flower"))
-
-
 @pytest.fixture(autouse=True)
 def _own_generators():
     """No test may move PyTorch's global generator for the next."""

@@ -18,7 +18,7 @@ from spryfl import page
 from spryfl.page.live import Live
 from spryfl.report import Foretold
 
-pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("browser")]
+pytestmark = pytest.mark.browser
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 PHONE, DESK = {"width": 360, "height": 740}, {"width": 1280, "height": 900}
 PARTS = {"process": 4e8, "backbone": 9e7, "adapters": 1e6, "activations": 1.2e6, "tangents": 9e5, "gradients": 1e4}
