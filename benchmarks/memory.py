@@ -144,7 +144,8 @@ def measure(stores: Path, wanted: list[str]) -> None:
                     found: Any = measured(asked)._asdict()
                 except ValueError as error:
                     found = {"failed": str(error)}
-                cell = {"request": asked._asdict(), "measured": found, "where": {**machine(), "load_before": load}}
+                said = {**asked._asdict(), "model": Path(asked.model).name}  # no path of a machine
+                cell = {"request": said, "measured": found, "where": {**machine(), "load_before": load}}
                 result = read()
                 result["cells"][key] = cell
                 write(result)

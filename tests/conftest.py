@@ -92,3 +92,21 @@ def reviews(tmp_path_factory) -> Path:
             writer.writerow(["text", "label", "site"])
             writer.writerows(sentences(count, seed))
     return folder
+
+
+@pytest.fixture
+def spryfl(monkeypatch, capsys):
+    """`spryfl(*arguments)` in this process -> (exit code, standard output, standard error)."""
+    from spryfl import cli
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["spryfl", *(str(one) for one in arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as error:
+            code = error.code or 0
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return call

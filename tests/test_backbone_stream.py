@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-import sys
 import threading
 import weakref
 
@@ -15,7 +14,7 @@ import transformers as hf
 from jvp.families import FAMILIES
 
 import spryfl
-from spryfl import adapters, cli, journal, models, opened, packing, tasks
+from spryfl import adapters, journal, models, opened, packing, tasks
 from spryfl.backbone import CODECS, Packed
 from spryfl.backbone.codec import ALIGN
 from spryfl.backbone.store import open_store
@@ -321,33 +320,21 @@ class TestNoGrowth:
 
 
 class TestEndToEnd:
-    @pytest.fixture
-    def spryfl_(self, monkeypatch, capsys):
+    @pytest.fixture(autouse=True)
+    def _no_pictures(self, monkeypatch):
         monkeypatch.setattr("spryfl.pictures.curves", lambda runs, path: None)
 
-        def run(*words):
-            monkeypatch.setattr(sys, "argv", ["spryfl", *(str(word) for word in words)])
-            code = 0
-            try:
-                cli.main()
-            except SystemExit as error:
-                code = error.code or 0
-            said = capsys.readouterr()
-            return code, said.out, said.err
-
-        return run
-
-    def test_pack_run_resume_evaluate_predict(self, spryfl_, tiny, reviews, tmp_path):
+    def test_pack_run_resume_evaluate_predict(self, spryfl, tiny, reviews, tmp_path):
         packed = tmp_path / "tiny-4bit"
-        code, out, _ = spryfl_("pack", tiny, packed, "--precision", "4bit")
+        code, out, _ = spryfl("pack", tiny, packed, "--precision", "4bit")
         assert code == 0
         assert f"spryfl run --model {packed} --set model.stream=true" in out
-        code, _, err = spryfl_("pack", tiny, packed)
+        code, _, err = spryfl("pack", tiny, packed)
         assert (code, "is there already" in err) == (2, True)
         flags = ["--data", reviews, "--clients", 3, "--cohort", 2, "--rounds", 2, "--out", tmp_path]
         flags += ["--set", "data.train_rows=40", "--set", "data.test_rows=20", "--set", "train.steps=2"]
         for name, more in (("a", ["--set", "model.stream=true"]), ("b", [])):
-            code, out, err = spryfl_("run", "--model", packed, *flags, "--name", name, *more)
+            code, out, err = spryfl("run", "--model", packed, *flags, "--name", name, *more)
             assert code == 0, err
         told = [journal.facts_of(journal.open_folder(tmp_path / name))["model"] for name in "ab"]
         fingerprint = open_store(packed).fingerprint
@@ -356,21 +343,21 @@ class TestEndToEnd:
         lines = [(tmp_path / name / "records.jsonl").read_text().splitlines() for name in "ab"]
         losses = [[json.loads(line).get("loss") for line in one] for one in lines]
         assert losses[0] == losses[1] != [None] * 3
-        said = [spryfl_("evaluate", tmp_path / name, reviews / "test.csv") for name in "ab"]
+        said = [spryfl("evaluate", tmp_path / name, reviews / "test.csv") for name in "ab"]
         assert said[0] == said[1]
         assert said[0][0] == 0
-        code, out, _ = spryfl_("predict", tmp_path / "a", "a lovely film")
+        code, out, _ = spryfl("predict", tmp_path / "a", "a lovely film")
         assert (code, "a lovely film" in out) == (0, True)
         assert models.read_card(tmp_path / "a" / "adapter")["stream"] is True
         assert "stream" not in models.read_card(tmp_path / "b" / "adapter")
         config = tmp_path / "a" / "config.toml"
         config.write_text(config.read_text().replace("rounds = 2", "rounds = 3"))
-        assert spryfl_("resume", tmp_path / "a")[0] == 0
+        assert spryfl("resume", tmp_path / "a")[0] == 0
         assert len((tmp_path / "a" / "records.jsonl").read_text().splitlines()) == 4
         config.write_text(config.read_text().replace("rounds = 3", "rounds = 4"))
         shutil.rmtree(packed)
-        spryfl_("pack", tiny, packed, "--precision", "8bit")
-        code, _, err = spryfl_("resume", tmp_path / "a")
+        spryfl("pack", tiny, packed, "--precision", "8bit")
+        code, _, err = spryfl("resume", tmp_path / "a")
         assert (code, "is not the one that the run began with" in err) == (2, True)
 
     def test_finetune(self, folder, reviews):

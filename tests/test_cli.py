@@ -22,23 +22,6 @@ from spryfl.methods import METHODS
 SMALL = ("data.train_rows=40", "data.test_rows=20", "train.eval_every=2")
 
 
-@pytest.fixture
-def spryfl(monkeypatch, capsys):
-    """`spryfl(*arguments)` in this process -> (exit code, standard output, standard error)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["spryfl", *(str(one) for one in arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as error:
-            code = error.code or 0
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return call
-
-
 @pytest.fixture(scope="module")
 def flags(tiny, reviews):
     words = ["--model", tiny, "--data", reviews, "--clients", 4, "--cohort", 2, "--rounds", 2]

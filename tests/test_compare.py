@@ -6,7 +6,6 @@ import itertools
 import json
 import shutil
 import statistics
-import sys
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +14,7 @@ import pytest
 import tomli_w
 from children import start, wait_for_lines
 
-from spryfl import cli, compare, config, journal, pictures, report, train
+from spryfl import compare, config, journal, pictures, report, train
 from spryfl.commands import training
 from spryfl.journal import Progress
 from spryfl.methods import build, named
@@ -59,22 +58,11 @@ def whole(given, tmp_path_factory):
 
 
 @pytest.fixture
-def spryfl(monkeypatch, capsys):
-    """`spryfl(*arguments)` in this process -> (exit code, standard output, standard error). Pictures take too long."""
+def spryfl(spryfl, monkeypatch):
+    """The command line, but pictures take too long."""
     monkeypatch.setattr(pictures, "curves", lambda runs, path: None)
     monkeypatch.setattr(pictures, "comparison", lambda compared, path: None)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["spryfl", *(str(one) for one in arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as error:
-            code = error.code or 0
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return call
+    return spryfl
 
 
 def changed(given, **section):

@@ -16,7 +16,7 @@ import time
 import pytest
 from folders import record, rounds, write
 
-from spryfl import cli, report, track
+from spryfl import report, track
 from spryfl.page.live import HOST, Live
 
 
@@ -142,16 +142,6 @@ def flags(tiny, reviews):
     return [str(one) for one in (*words, "--set", "data.test_rows=20", "--set", "train.eval_every=2")]
 
 
-def spryfl(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["spryfl", *(str(one) for one in arguments)])
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as error:
-        code = error.code or 0
-    return code, *capsys.readouterr()
-
-
 class TestCommands:
     def test_watch(self, flags, tmp_path):
         """The page of a run that goes on, by the real command: its records come one by one, its end is the last."""
@@ -181,43 +171,41 @@ class TestCommands:
         with pytest.raises(ConnectionRefusedError):
             get(address)
 
-    def test_a_refused_port_comes_before_anything_else(self, flags, tmp_path, monkeypatch, capsys):
+    def test_a_refused_port_comes_before_anything_else(self, flags, tmp_path, spryfl):
         with socket.create_server((HOST, 0)) as taken:
             port = taken.getsockname()[1]
-            code, out, err = spryfl(
-                monkeypatch, capsys, "run", *flags, "--watch", "--port", port, "--out", tmp_path / "r"
-            )
+            code, out, err = spryfl("run", *flags, "--watch", "--port", port, "--out", tmp_path / "r")
         assert (code, out) == (2, "")
         assert err.startswith(f"spryfl: port {port} of 127.0.0.1 cannot be used: ")
         assert len(err.splitlines()) == 1
         assert not (tmp_path / "r").exists()
 
-    def test_a_run_that_cannot_begin_gives_the_port_back(self, tmp_path, monkeypatch, capsys):
+    def test_a_run_that_cannot_begin_gives_the_port_back(self, tmp_path, spryfl):
         with socket.create_server((HOST, 0)) as free:
             port = free.getsockname()[1]
         words = ("--data", tmp_path / "gone.csv", "--watch", "--port", port, "--out", tmp_path / "r")
         for _ in range(2):
-            code, _, err = spryfl(monkeypatch, capsys, "run", *words)
+            code, _, err = spryfl("run", *words)
             assert (code, "gone.csv" in err) == (2, True)
 
-    def test_watching_from_beside(self, going, monkeypatch, capsys):
+    def test_watching_from_beside(self, going, spryfl):
         threading.Timer(0.3, finish, [going]).start()
-        code, out, err = spryfl(monkeypatch, capsys, "report", "--watch", going, "--no-memory")
+        code, out, err = spryfl("report", "--watch", going, "--no-memory")
         assert (code, err) == (0, "")
         assert re.search(r"^live    http://127\.0\.0\.1:\d+/ until the runs have ended", out, re.MULTILINE)
         assert f"page    {going / 'report.html'}" in out
         assert ">complete<" in (going / "report.html").read_text()
 
-    def test_a_comparison_is_watched_from_beside(self, tmp_path, monkeypatch, capsys):
+    def test_a_comparison_is_watched_from_beside(self, tmp_path, spryfl):
         (tmp_path / "compare.toml").write_text("")
-        code, _, err = spryfl(monkeypatch, capsys, "resume", tmp_path, "--watch")
+        code, _, err = spryfl("resume", tmp_path, "--watch")
         assert (code, f"spryfl report --watch {tmp_path}" in err) == (2, True)
 
-    def test_events_of_a_run(self, flags, tmp_path, monkeypatch, capsys):
+    def test_events_of_a_run(self, flags, tmp_path, spryfl):
         """Read back by TensorBoard's own reader: every number of the records, at its round."""
         accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
         words = ("--rounds", 3, "--tensorboard", "--out", tmp_path, "--name", "one")
-        assert spryfl(monkeypatch, capsys, "run", *flags, *words)[0] == 0
+        assert spryfl("run", *flags, *words)[0] == 0
         read = accumulator.EventAccumulator(str(tmp_path / "one" / track.FOLDER)).Reload()
         records = report.read(tmp_path / "one").records
         expected = {}

@@ -66,17 +66,7 @@ def forward(
     >>> estimator = forward(directions=4, distribution="rademacher", exact_top=2)
     """
     terms.check(directions, distribution, clip, candidates)
-    if chunk < 0 or chunk >= directions > 0:
-        raise ValueError(f"chunk = {chunk} with directions = {directions}: give less than that, or 0 for all at once.")
-    if exact_top < -1:
-        raise ValueError(f"exact_top = {exact_top}: give a number of blocks, or -1 for all of them.")
-    if guided and (directions < 2 or candidates > 1):
-        raise ValueError(
-            f"guided with directions = {directions} and candidates = {candidates}: it takes one direction of at least "
-            f"2, and leaves nothing to choose. Set directions to 2 or more, candidates to 1."
-        )
-    if checkpoint and not exact_top:
-        raise ValueError("checkpoint has no effect with exact_top = 0: no block is run backwards. Remove it.")
+    _check(directions, chunk, candidates, exact_top, checkpoint, guided)
 
     def estimate(loss_fn: LossFn, params: Params, batch: Batch, seed: int) -> Estimate:
         pieces, exact = loss_fn.pieces(batch, seed), exact_head or exact_top
@@ -104,6 +94,21 @@ def forward(
         return Estimate(loss, dense, made, passes, kept.scalars)
 
     return estimate
+
+
+def _check(directions: int, chunk: int, candidates: int, exact_top: int, checkpoint: bool, guided: bool) -> None:
+    """What only this estimator asks of its options."""
+    if chunk < 0 or chunk >= directions > 0:
+        raise ValueError(f"chunk = {chunk} with directions = {directions}: give less than that, or 0 for all at once.")
+    if exact_top < -1:
+        raise ValueError(f"exact_top = {exact_top}: give a number of blocks, or -1 for all of them.")
+    if guided and (directions < 2 or candidates > 1):
+        raise ValueError(
+            f"guided with directions = {directions} and candidates = {candidates}: it takes one direction of at least "
+            f"2, and leaves nothing to choose. Set directions to 2 or more, candidates to 1."
+        )
+    if checkpoint and not exact_top:
+        raise ValueError("checkpoint has no effect with exact_top = 0: no block is run backwards. Remove it.")
 
 
 class _Slopes(NamedTuple):
