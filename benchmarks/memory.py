@@ -24,7 +24,8 @@ import torch
 from shapes import config, tokenizer
 
 from spryfl import methods, packing, provenance
-from spryfl.footprint.measure import Measured, Request, measured, planned, predicted
+from spryfl.footprint import Footprint
+from spryfl.footprint.measure import Request, measured, plain, planned, predicted, restored
 
 HERE = Path(__file__).parent
 RESULT = HERE / "memory_cpu_2026-11.json"
@@ -141,7 +142,7 @@ def measure(stores: Path, wanted: list[str]) -> None:
                     continue
                 asked, load = request(stores, row, column), os.getloadavg()
                 try:
-                    found: Any = measured(asked)._asdict()
+                    found: Any = plain(measured(asked))
                 except ValueError as error:
                     found = {"failed": str(error)}
                 said = {**asked._asdict(), "model": Path(asked.model).name}  # no path of a machine
@@ -211,7 +212,7 @@ def told(gaps: list[tuple[float, str]]) -> str:
 
 def parts(result: dict[str, Any]) -> str:
     """Predicted / measured by part, MB, of the measured cells."""
-    names = ["process", "backbone", "adapters", "activations", "tangents", "gradients", "prefix", "buffers"]
+    names = Footprint._fields
     step = ("activations", "tangents", "gradients", "prefix")
     lines = [
         "| cell | process | backbone | adapters | step (allocator's count) | buffers | beside | mapped files | s |"
@@ -221,8 +222,8 @@ def parts(result: dict[str, Any]) -> str:
         found, foretold = one["measured"], result["predicted"].get(key)
         if "failed" in found or foretold is None:
             continue
-        own = Measured(**{**found, "passes": tuple(found["passes"])})
-        both = [(foretold[name], getattr(own, name)) for name in names]
+        own = restored(found)
+        both = [(foretold[name], getattr(own.parts, name)) for name in names]
         stepped = [
             tuple(map(sum, zip(*(pair for name, pair in zip(names, both, strict=True) if name in step), strict=True)))
         ]

@@ -128,12 +128,10 @@ def test_the_allocators_count_is_the_predicted_one(method, shape):
     asked = request(shape, method)
     found, foretold = run(asked), predicted(asked)
     assert foretold.step == pytest.approx(found.counted, rel=0.03)
-    step = found.activations + found.tangents + found.gradients + found.prefix
-    assert step == found.counted
-    assert found.gradients == foretold.gradients
-    parts = found.process + found.backbone + found.adapters + step + found.buffers + found.beside
-    assert parts == found.peak
-    assert (found.tangents > 0) == ("fedavg" not in method)
+    assert found.parts.step == found.counted
+    assert found.parts.gradients == foretold.gradients
+    assert found.parts.total + found.beside == found.peak
+    assert (found.parts.tangents > 0) == ("fedavg" not in method)
     assert found.passes[2] == (1 if "fedavg" in method else 0)
 
 
@@ -160,10 +158,10 @@ def test_streamed_buffers_are_two_of_the_largest_block(tmp_path):
     largest = max(file.stat().st_size for file in folder.glob("block-*.safetensors"))
     asked = request(folder, stream=True)
     found, resident_one = run(asked), run(asked._replace(stream=False))
-    assert found.buffers == pytest.approx(2 * largest, rel=0.02)
-    assert resident_one.buffers == 0
+    assert found.parts.buffers == pytest.approx(2 * largest, rel=0.02)
+    assert resident_one.parts.buffers == 0
     assert found.counted == pytest.approx(resident_one.counted, rel=0.01)  # counters of the noise are kept
-    assert predicted(asked).buffers == pytest.approx(found.buffers, rel=0.1)
+    assert predicted(asked).buffers == pytest.approx(found.parts.buffers, rel=0.1)
     assert predicted(asked).step == pytest.approx(found.counted, rel=0.05)
 
 
@@ -182,8 +180,8 @@ def test_a_fresh_process_and_its_prediction(shape):
     found = measure.profile(request(shape))
     assert abs(found.gap) < 0.15
     assert abs(found.counted_gap) < 0.03
-    assert 150 * MB < found.measured.process < found.measured.peak
-    assert found.measured.peak - found.measured.counted - found.measured.process < 150 * MB
+    assert 150 * MB < found.measured.parts.process < found.measured.peak
+    assert found.measured.peak - found.measured.counted - found.measured.parts.process < 150 * MB
 
 
 def test_what_goes_wrong_there_is_said_here(shape, monkeypatch):
@@ -210,8 +208,8 @@ def test_a_request_and_its_answer_travel_as_they_are(shape, monkeypatch):
 
 def test_the_command_shows_both_and_the_gap(shape, monkeypatch):
     asked = []
-    found = Measured(360, 100, 10, 50, 20, 5, 0, 0, 15, 560, 0, 130, 400, 75, 1.5, (1, 1, 0))
-    found = found._replace(**{k: v * MB for k, v in found._asdict().items() if isinstance(v, int)})
+    parts = Footprint(*(n * MB for n in (360, 100, 10, 50, 20, 5, 0, 0)))
+    found = Measured(parts, *(n * MB for n in (15, 560, 0, 130, 400, 75)), 1.5, (1, 1, 0))
     foretold = Footprint(*(n * MB for n in (350, 100, 10, 50, 20, 5, 0, 0)))
     monkeypatch.setattr(measure, "profile", lambda r: asked.append(r) or Profile(foretold, found))
     words = [str(shape), "-m", "fedavg", "--batch", "6", "--tokens", "32", "--micro-batch", "2", "--clients", "50"]

@@ -18,6 +18,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -60,16 +61,13 @@ def central_difference(
     >>> from spryfl.estimators import central_difference
     >>> estimator = central_difference(directions=1, mu=1e-3)
     """
-    _check(mu, length)
-    terms.check(directions, distribution, clip, candidates)
+    drawn = _drawing(mu, length, directions, distribution, clip, candidates)
 
     def estimate(loss_fn: LossFn, params: Params, batch: Batch, seed: int) -> Estimate:
         start = _start(loss_fn, params, batch, seed, exact_head)
-        count = directions if start.inside else 0
-        seeds = terms.chosen(seed, count, start.inside, distribution, candidates, loss_fn.guide)
-        step = _step(mu, length, start.inside)
-        draw = lambda: terms.along(seeds, start.inside, distribution)  # noqa: E731
-        seen = _losses(start, lambda: ((v, side) for v in draw() for side in (step, -step)))
+        seeds, step = drawn(start, seed), _step(mu, length, start.inside)
+        along = partial(terms.along, seeds, start.inside, distribution)
+        seen = _losses(start, lambda: ((v, side) for v in along() for side in (step, -step)))
         pairs = zip(seen.losses[::2], seen.losses[1::2], strict=True)
         kept = terms.guarded([(up - down) / (2 * step) for up, down in pairs], clip)
         made = terms.made(seeds, kept.mean(), tuple(start.inside), distribution)
@@ -109,18 +107,15 @@ def forward_difference(
     >>> from spryfl.estimators import forward_difference
     >>> estimator = forward_difference(directions=8, distribution="rademacher", normalize=True)
     """
-    _check(mu, length)
-    terms.check(directions, distribution, clip, candidates)
+    drawn = _drawing(mu, length, directions, distribution, clip, candidates)
     if normalize and directions < 2:
         raise ValueError(f"normalize with directions = {directions}: a standard deviation needs at least 2.")
 
     def estimate(loss_fn: LossFn, params: Params, batch: Batch, seed: int) -> Estimate:
         start = _start(loss_fn, params, batch, seed, exact_head)
-        count = directions if start.inside else 0
-        seeds = terms.chosen(seed, count, start.inside, distribution, candidates, loss_fn.guide)
-        step = _step(mu, length, start.inside)
-        draw = lambda: terms.along(seeds, start.inside, distribution)  # noqa: E731
-        seen = _losses(start, lambda: itertools.chain([] if exact_head else [({}, 0.0)], ((v, step) for v in draw())))
+        seeds, step = drawn(start, seed), _step(mu, length, start.inside)
+        along = partial(terms.along, seeds, start.inside, distribution)
+        seen = _losses(start, lambda: itertools.chain([] if exact_head else [({}, 0.0)], ((v, step) for v in along())))
         base, losses = (seen.exact, seen.losses) if exact_head else (seen.losses[0], seen.losses[1:])
         kept = terms.guarded([(loss - base) / step for loss in losses], clip)
         means = kept.mean(_over_deviation(losses) if normalize else 1.0)
@@ -174,11 +169,21 @@ def _losses(start: _Start, moves: Callable[[], Iterable[tuple[Params, float]]]) 
     return summed(start.pieces, linear)
 
 
-def _check(mu: float, length: str) -> None:
+def _drawing(
+    mu: float, length: str, directions: int, distribution: str, clip: float, candidates: int
+) -> Callable[[_Start, int], list[int]]:
+    """Checks the options that both differences share; what it gives draws the seeds of an estimate's directions."""
     if not 0 < mu < math.inf:
         raise ValueError(f"mu = {mu}: the size of a perturbation must be above 0.")
     if length not in LENGTHS:
         raise ValueError(f"length = {length!r}; possible: {', '.join(LENGTHS)}.")
+    terms.check(directions, distribution, clip, candidates)
+
+    def drawn(start: _Start, seed: int) -> list[int]:
+        count = directions if start.inside else 0
+        return terms.chosen(seed, count, start.inside, distribution, candidates, start.loss_fn.guide)
+
+    return drawn
 
 
 def _step(mu: float, length: str, inside: Params) -> float:

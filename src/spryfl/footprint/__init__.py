@@ -15,7 +15,7 @@ continued to all blocks: every phase of a step grows by the same bytes with each
 """
 
 from spryfl.footprint.outline import Outline, outline, outlined, shapes
-from spryfl.footprint.predict import Footprint, footprint, held, peak
+from spryfl.footprint.predict import Footprint, footprint, held
 from spryfl.footprint.process import measure_here, process
 from spryfl.footprint.step import Marked, prefix_bytes, step, values
 
@@ -28,7 +28,6 @@ __all__ = [
     "measure_here",
     "outline",
     "outlined",
-    "peak",
     "prefix_bytes",
     "process",
     "shapes",

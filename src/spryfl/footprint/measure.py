@@ -21,7 +21,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,16 +66,9 @@ class Request(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Bytes, measured; the first eight as in `Footprint`."""
+    """Bytes, measured."""
 
-    process: int
-    backbone: int
-    adapters: int
-    activations: int
-    tangents: int
-    gradients: int
-    prefix: int
-    buffers: int
+    parts: Footprint
     beside: int
     peak: int  # of anonymous resident memory in the step, and the weights' pages that are mapped
     weights: int  # of that, the mapped ones
@@ -143,7 +136,7 @@ def requested(experiment: Experiment, labels: int = 2, slot: int = 0) -> Request
 def shown(request: Request, found: Profile) -> tuple[list[tuple[str, ...]], list[str]]:
     """(rows of a table: part, predicted, measured, gap; lines below it), in MB."""
     one, other = found
-    pairs = [(name, getattr(one, name), getattr(other, name)) for name in Footprint._fields]
+    pairs = list(zip(Footprint._fields, one, other.parts, strict=True))
     pairs += [("beside these", 0, other.beside), ("peak", one.total, other.peak)]
     rows = [(name, *(f"{value / 1e6:.1f}" for value in (a, b, a - b))) for name, a, b in pairs if a or b]
     gpu = request.device != "cpu"
@@ -190,15 +183,27 @@ def measured(request: Request, timeout: float = 7200.0) -> Measured:
     if done.returncode:
         why = "killed, most likely as memory ran out" if done.returncode < 0 else done.stderr.strip()[-500:]
         raise ValueError(f"the measuring process ended with {done.returncode} ({why}). Ask for fewer rows or tokens.")
-    found = json.loads(done.stdout.strip().splitlines()[-1])
-    return Measured(**{**found, "passes": tuple(found["passes"])})
+    return restored(json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def plain(found: Measured) -> dict[str, Any]:
+    """What was measured as JSON has it, the parts beside the rest."""
+    own = found._asdict()
+    return {**own.pop("parts")._asdict(), **own}
+
+
+def restored(given: Mapping[str, Any]) -> Measured:
+    """What `plain` made it."""
+    parts = Footprint(*(given[name] for name in Footprint._fields))
+    own = {name: given[name] for name in Measured._fields if name != "parts"}
+    return Measured(**{**own, "parts": parts, "passes": tuple(own["passes"])})
 
 
 def main() -> None:
     """The measuring process: a request in, one line of JSON out."""
     given = json.load(sys.stdin)
     try:
-        print(json.dumps(run(Request(**{**given, "labels": tuple(given["labels"])}))._asdict()))
+        print(json.dumps(plain(run(Request(**{**given, "labels": tuple(given["labels"])})))))
     except (ValueError, OSError) as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
@@ -227,7 +232,7 @@ def run(request: Request) -> Measured:
     activations = min(walk.values, room)
     peak = walk.peak if model.device.type == "cpu" else ready + walk.counted
     weights = pages_of(models.resolve(request.model)[0])
-    return Measured(
+    parts = Footprint(
         process=begun,
         backbone=loaded - begun + weights,
         adapters=ready - loaded - early * buffers,
@@ -236,6 +241,9 @@ def run(request: Request) -> Measured:
         gradients=walk.state,
         prefix=walk.prefix,
         buffers=buffers,
+    )
+    return Measured(
+        parts,
         beside=peak - ready - (not early) * buffers - walk.counted,
         peak=peak + weights,
         weights=weights,

@@ -86,6 +86,7 @@ def footprint(
     stream: bool = False,
     dropout: bool = False,
     keep_prefix: float = 0.0,
+    parts: bool = True,
 ) -> Footprint:
     """The predicted peak of one local step of one client, by part.
 
@@ -98,6 +99,8 @@ def footprint(
         stream: blocks are read from the disk as they are needed.
         dropout: the model's own dropout is on.
         keep_prefix: MB of hidden states kept over local epochs.
+        parts: False for the total alone, in less time: what the step holds beside state and prefix is not divided, and
+            stands under activations.
 
     Raises:
         ValueError: the method does not fit the model, or a number is out of its range.
@@ -112,27 +115,12 @@ def footprint(
     whole = _whole(asked, units, bool(0 < micro_batch < rows))
     room = whole.most - whole.state - whole.prefix
     activations = room  # with reverse mode alone nothing is drawn
-    if asked.exact != asked.mine:
+    if parts and asked.exact != asked.mine:
         alone = _continued(asked, "values", units)
         activations = min(alone.most - alone.prefix, room)
     return held(of, stream)._replace(
         activations=activations, tangents=room - activations, gradients=whole.state, prefix=whole.prefix
     )
-
-
-def peak(
-    of: Outline,
-    method: Method,
-    mine: Sequence[Unit] | None = None,
-    *,
-    rows: int,
-    tokens: int,
-    micro_batch: int = 0,
-    stream: bool = False,
-) -> int:
-    """The total of `footprint`, in less time: its parts are not told apart."""
-    asked, units = _asked(of, method, mine, rows, tokens, micro_batch)
-    return held(of, stream).total + _whole(asked, units, bool(0 < micro_batch < rows)).most
 
 
 def held(of: Outline, stream: bool = False) -> Footprint:
