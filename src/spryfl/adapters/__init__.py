@@ -3,6 +3,7 @@
     lora       W x + (alpha/r) B A x, B = 0 at the start                Hu et al., arXiv 2106.09685
     lora_fa    the same with A as drawn, B alone trained                Zhang et al., arXiv 2308.03303
     lora_xs    W x + (alpha/r) P R A x, P and A from W's SVD            Balazy et al., arXiv 2405.17604
+    graded     lora in some layers, lora_xs in others                   (both)
     vera       W x + b * (B (d * (A x))), A and B random, shared        Kopiczko et al., arXiv 2310.11454
     tiny_lora  lora_xs with R a random function of a few values         Morris et al., arXiv 2602.04118
     uni_lora   every entry of A and B is one of d shared values         Li et al., arXiv 2506.00799
@@ -29,6 +30,7 @@ from spryfl.adapters.families import (
     Adapter,
     bitfit,
     fourierft,
+    graded,
     head,
     ia3,
     lora,
@@ -67,6 +69,7 @@ __all__ = [
     "build",
     "foreign",
     "fourierft",
+    "graded",
     "head",
     "head_modules",
     "ia3",

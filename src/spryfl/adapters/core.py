@@ -13,7 +13,8 @@ together should open one saved adapter.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -52,9 +53,11 @@ class Core(nn.Module):
         destination[prefix + "weight"] = self.weight if keep_vars else self.weight.detach()
 
 
-def put(module: nn.Module, std: float) -> None:
-    """Makes every LoRA of a model a LoRA-XS, R drawn from N(0, std^2) by PyTorch's generator."""
+def put(module: nn.Module, std: float, layers: Collection[int] | None = None) -> None:
+    """Makes the LoRAs of a model, or of some layers, LoRA-XS, R drawn from N(0, std^2) by PyTorch's generator."""
     for path, layer in _loras(module):
+        if layers is not None and number(path) not in layers:
+            continue
         weight = _matrix(path, layer)
         r = layer.r[_ADAPTER]
         if r > min(weight.shape):
@@ -81,6 +84,12 @@ def restore(module: nn.Module, cores: Mapping[str, Tensor]) -> None:
         if not torch.allclose(made.weight, second, rtol=1e-3, atol=1e-4 * float(second.detach().abs().max())):
             raise ValueError(f"{path} is no longer the LoRA-XS that was saved: it was trained on as a plain LoRA.")
         layer.lora_B[_ADAPTER] = made
+
+
+def number(path: str) -> int | None:
+    """The number of the layer that a module's path lies in: the first in it."""
+    found = re.search(r"\.(\d+)(?=\.|$)", path)
+    return int(found[1]) if found else None
 
 
 def leading(weight: Tensor, r: int) -> Tensor:

@@ -6,6 +6,7 @@ model" is not said, it does, exactly.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from peft import (
     VeraConfig,
 )
 
-from spryfl.adapters import core
+from spryfl.adapters.core import put as core_put
 
 # PEFT's own name for "no module at all": what is left are biases and modules_to_save.
 NOTHING = "dummy-target-modules"
@@ -95,7 +96,68 @@ def lora_xs(r: int = 8, alpha: float = 8.0, std: float = 1e-5, targets: Named = 
     if std < 0:
         raise ValueError(f"std = {std} of lora_xs; it must be 0 or more.")
     made = _lora("lora_xs", r, alpha, 0.0, targets, layers)
-    return made._replace(finish=lambda module: core.put(module, std))
+    return made._replace(finish=lambda module: core_put(module, std))
+
+
+def graded(
+    r: int = 8,
+    alpha: float = 16.0,
+    core: int = 4,
+    cores: Numbered = (),
+    std: float = 1e-5,
+    targets: Named = (),
+    layers: Numbered = (),
+) -> Adapter:
+    """LoRA of rank r in most layers, LoRA-XS of rank `core` in `cores`: many values here, core^2 a map there.
+
+    For methods that know the gradient of the last blocks exactly and estimate it below: an estimate's alignment falls
+    with the number of values, so the blocks below the cut get few.
+
+    Args:
+        r: rank of the LoRAs, r (n + m) values a map.
+        alpha: scale of their update; a core's is 1.
+        core: rank of the LoRA-XS.
+        cores: numbers of the layers that get one, 0 first.
+        std: of a core's entries at the start, as lora_xs's.
+        targets: as lora's.
+        layers: those that get anything, `cores` among them; empty is all.
+
+    Raises:
+        ValueError: an option is out of its range, or `cores` is empty or names a layer that `layers` does not.
+
+    >>> from spryfl.adapters import wrap
+    >>> from transformers import BertConfig, BertForSequenceClassification
+    >>> small = {"vocab_size": 9, "hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 8}
+    >>> config = BertConfig(num_hidden_layers=2, **small)
+    >>> made = wrap(BertForSequenceClassification(config), graded(r=4, core=2, cores=(0,), targets=("query",)))
+    >>> [unit.size for unit in made.units if not unit.head]
+    [4, 64]
+    """
+    _least("graded", r=r, core=core)
+    if std < 0:
+        raise ValueError(f"std = {std} of graded; it must be 0 or more.")
+    if not cores or (layers and set(cores) - set(layers)):
+        raise ValueError(
+            f"cores = {list(cores)} of graded with layers = {list(layers)}: name the layers that get a LoRA-XS, each "
+            f"among `layers` where that is given. For the same in all layers take lora, or lora_xs."
+        )
+    patterns = {core_pattern(number): core for number in cores}
+    options: dict[str, Any] = {"r": r, "lora_alpha": alpha, "rank_pattern": patterns, "alpha_pattern": patterns}
+    return Adapter(
+        lambda head: LoraConfig(**options, **_where(targets, layers, head)),
+        lambda module: core_put(module, std, core_layers(module.peft_config["default"])),
+    )
+
+
+def core_pattern(number: int) -> str:
+    """What PEFT finds the maps of a layer by: its number is the first in their paths."""
+    return rf"[^0-9]*\.{number}\..*"
+
+
+def core_layers(config: Any) -> tuple[int, ...]:
+    """The layers in which `graded` puts cores, by PEFT's configuration; nothing for any other family."""
+    patterns = getattr(config, "rank_pattern", None) or {}
+    return tuple(i for pattern in patterns if (i := next(map(int, re.findall(r"\\\.(\d+)", pattern)), -1)) >= 0)
 
 
 def vera(r: int = 256, initial: float = 0.1, seed: int = 0, targets: Named = (), layers: Numbered = ()) -> Adapter:
@@ -248,6 +310,7 @@ ADAPTERS: dict[str, Callable[..., Adapter]] = {
     "lora": lora,
     "lora_fa": lora_fa,
     "lora_xs": lora_xs,
+    "graded": graded,
     "vera": vera,
     "tiny_lora": tiny_lora,
     "uni_lora": uni_lora,

@@ -50,7 +50,7 @@ def forward(
     Args:
         directions: K, the number of directions a batch.
         distribution: gaussian, rademacher, sphere, orthogonal or basis.
-        chunk: directions at once, 0 for all: memory for `chunk` tangents, and another value pass a chunk.
+        chunk: directions at once, 0 for all: memory for `chunk` tangents, and another value pass (below a cut) a chunk.
         candidates: directions drawn for each one kept, those nearest to the last aggregated gradient; 1 for no choice.
         clip: largest size of a directional derivative; 0 for none.
         exact_top: how many of the last blocks, and the head with them, have their gradient by reverse mode; -1 for all.
@@ -126,16 +126,35 @@ def _passes(share: float, runs: int, tangents: int, checkpoint: bool) -> Passes:
 
 
 def _through_cut(cut: Cut, params: Params, above: Params, drawn: Params, chunk: int) -> _Slopes:
-    """The loss, c_k = <delta, d features_k> for each direction, and the exact gradient above."""
-    features, tangents = _features(cut, params, drawn, chunk)
+    """The loss, c_k = <delta, d features_k> for each direction, and the exact gradient above.
+
+    No chunk's tangents outlive it: the first one's until delta is known, the others' until they are contracted.
+    """
+    first, *rest = _chunks(drawn, chunk)
+    features, tangents = _features(cut, params, first)
     exact = cuts.reverse(cut, params, above, features)
-    used = [(delta, t) for delta, t in zip(exact.deltas, tangents, strict=True) if delta is not None]
-    slopes = sum(((t * delta).flatten(1).sum(1) for delta, t in used), start=torch.zeros(()))
-    return _Slopes(float(exact.loss), slopes.tolist() if drawn else [], exact.dense)
+    slopes = _contracted(exact.deltas, tangents) if drawn else []
+    del features, tangents
+    for part in rest:
+        slopes += _contracted(exact.deltas, jvp(cut.trunk, params, part)[1])
+    return _Slopes(float(exact.loss), slopes, exact.dense)
 
 
-def _features(cut: Cut, params: Params, drawn: Params, chunk: int) -> tuple[Features, Features]:
+def _chunks(drawn: Params, chunk: int) -> list[dict[str, Tensor]]:
+    """The directions in parts of at most `chunk`, 0 for all; one empty part where there are none."""
+    count = next((len(value) for value in drawn.values()), 0)
+    size = chunk or count or 1
+    return [{name: value[i : i + size] for name, value in drawn.items()} for i in range(0, max(count, 1), size)]
+
+
+def _features(cut: Cut, params: Params, drawn: Params) -> tuple[Features, Features]:
     if drawn:
-        return jvp(cut.trunk, params, drawn, chunk=chunk or None)
+        return jvp(cut.trunk, params, drawn)
     features = cuts.answers(cut, params)
     return features, tuple(torch.zeros((0, *value.shape), device=value.device) for value in features)
+
+
+def _contracted(deltas: tuple[Tensor | None, ...], tangents: Features) -> list[float]:
+    """<delta, tangent_k> for each direction."""
+    used = [(delta, tangent) for delta, tangent in zip(deltas, tangents, strict=True) if delta is not None]
+    return sum(((tangent * delta).flatten(1).sum(1) for delta, tangent in used), start=torch.zeros(())).tolist()

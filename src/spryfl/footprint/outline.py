@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from spryfl import adapters, models, opened, tasks
 from spryfl.adapters import Adapter
+from spryfl.adapters.families import core_layers, core_pattern
 from spryfl.backbone.codec import codec_of, nbytes
 from spryfl.backbone.packed import Packed
 from spryfl.backbone.store import is_packed, open_store
@@ -146,15 +147,25 @@ def _here(layers: Sequence[int], chosen: Sequence[int]) -> list[int]:
     return [here for here, i in enumerate(chosen) if i in layers] or [len(chosen) - 1] * bool(layers)
 
 
+def _cores(adapter: Adapter, chosen: Sequence[int]) -> list[int]:
+    """Where in a short form the blocks with cores of their own are."""
+    layers = core_layers(adapter.config(()))
+    return [here for here, i in enumerate(chosen) if i in layers]
+
+
 def _renumbered(adapter: Adapter, chosen: Sequence[int]) -> Adapter:
     """An adapter of some blocks alone, for a short form, whose blocks have other numbers."""
-    layers = _layers(adapter)
-    if not layers:
+    layers, cores = _layers(adapter), core_layers(adapter.config(()))
+    if not layers and not cores:
         return adapter
 
     def config(head: Sequence[str]) -> Any:
         made: Any = adapter.config(head)
-        made.layers_to_transform = _here(layers, chosen)
+        made.layers_to_transform = _here(layers, chosen) or None
+        if cores:
+            rank = next(iter(made.rank_pattern.values()))
+            patterns = {core_pattern(here): rank for here in _cores(adapter, chosen)}
+            made.rank_pattern, made.alpha_pattern = dict(patterns), dict(patterns)
         return made
 
     return adapter._replace(config=config)
@@ -185,7 +196,8 @@ def _mapped(module: Any, precision: str) -> set[str]:
 
 def skeleton(of: Outline, chosen: Sequence[int]) -> Skeleton:
     """A short form of a model; the same one for blocks of the same types with the adapter at the same places."""
-    key = "skeleton", tuple(_types(of.config)[i] for i in chosen), *_here(_layers(of.adapter), chosen)
+    places = (*_here(_layers(of.adapter), chosen), "cores", *_cores(of.adapter, chosen))
+    key = "skeleton", tuple(_types(of.config)[i] for i in chosen), *places
     if key not in of.known:
         of.known[key] = built(of.config, chosen, of.adapter, of.task, of.precision)
     return of.known[key]
@@ -227,7 +239,7 @@ class Kind(NamedTuple):
 
     moved: bool  # it lies at or behind the first block of which something is moved
     above: bool  # it lies above the estimator's cut
-    units: tuple[str, ...]  # what of it the client moves
+    units: tuple[tuple[str, int], ...]  # what of it the client moves: names without its number, and values
     type: str  # where the configuration tells one
 
 
@@ -245,10 +257,10 @@ def kinds(of: Outline, mine: Sequence[Unit], top: int) -> list[Kind]:
         top: how many of the last blocks lie above the estimator's cut; -1 for all.
     """
     at = 0 if top == -1 else of.layers - top
-    held: dict[int, list[str]] = {}
+    held: dict[int, list[tuple[str, int]]] = {}
     for unit in mine:
         if not unit.head:
-            held.setdefault(place(unit), []).append(suffix(unit))
+            held.setdefault(place(unit), []).append((suffix(unit), unit.size))
     first, types = min(held, default=of.layers), _types(of.config)
     return [Kind(i >= first, i >= at, tuple(held.get(i, ())), types[i]) for i in range(of.layers)]
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from spryfl import tree
 from spryfl.choices import Method, build
 from spryfl.costs import work
-from spryfl.footprint.outline import Kind, Outline, Skeleton, kinds, original, sample, shapes, skeleton, suffix
+from spryfl.footprint.outline import Kind, Outline, Skeleton, kinds, original, sample, shapes, skeleton
 from spryfl.footprint.phantom import fill, phantoms
 from spryfl.footprint.process import process
 from spryfl.footprint.step import prefix_bytes, step, values
@@ -194,7 +194,7 @@ def _continued(asked: _Asked, what: str, units: Sequence[Unit]) -> _Held:
     left: dict[Kind, float] = {kind: more for kind, own in places.items() if (more := len(set(own) - set(base)))}
     graph = {kind: more for kind, more in left.items() if _in_graph(asked, kind)}
     rest = {kind: more for kind, more in left.items() if kind not in graph}
-    grow = {**graph, **(_by_values(rest, units) if what == "step" else {})}
+    grow = {**graph, **(_by_values(rest) if what == "step" else {})}
     longer = [(more, _short(asked, what, _grown(base, places[kind]))) for kind, more in grow.items()]
 
     def on(pick: Callable[[_Held], int]) -> int:
@@ -223,13 +223,12 @@ def _in_graph(asked: _Asked, kind: Kind) -> bool:
     return kind.moved or kind.above if asked.exact == asked.mine else kind.above
 
 
-def _by_values(left: dict[Kind, float], units: Sequence[Unit]) -> dict[Kind, float]:
+def _by_values(left: dict[Kind, float]) -> dict[Kind, float]:
     """Where no graph is kept a pass lets go of every block, and a step grows with the moved values alone.
 
     So one kind of block stands for all such, as often as the others' values are in its own.
     """
-    sizes = {suffix(unit): unit.size for unit in units if not unit.head}
-    values = {kind: sum(sizes[name] for name in kind.units) for kind in left}
+    values = {kind: sum(size for _, size in kind.units) for kind in left}
     largest = max(values, key=lambda kind: values[kind], default=None)
     if largest is None or not values[largest]:
         return {}
@@ -277,7 +276,7 @@ def _short(asked: _Asked, what: str, chosen: tuple[int, ...]) -> _Held:
     asked = asked._replace(mine=mine or frozenset(), exact=exact)
     choices = asked.method.estimator, asked.method.local_optimizer, asked.method.head
     plain = what == "values" and exact is None
-    key = (what, "" if plain else repr(choices), form.types, tuple(u.name for u in form.units), *asked[2:])
+    key = (what, "" if plain else repr(choices), form.types, tuple((u.name, u.size) for u in form.units), *asked[2:])
     known = asked.of.known
     if key not in known:
         known[key] = _run(asked, what, form)
