@@ -44,7 +44,7 @@ ALBERT = "albert.encoder.albert_layer_groups.0.albert_layers.0.attention."
 
 
 # family -> what its defaults, meant for wide models, must be on a model 16 wide
-NARROW = {"vb_lora": {"length": 4}, "lora_xs": {"r": 3}, "vera": {"r": 12}}
+NARROW = {"vb_lora": {"length": 4}, "lora_xs": {"r": 3}, "graded": {"r": 1, "core": 3}, "vera": {"r": 12}}
 
 
 # families of which neither A nor B can be 0
@@ -175,7 +175,7 @@ class TestUnits:
     @pytest.mark.parametrize("family", HERE)
     @pytest.mark.parametrize("kind", sorted(adapters.ADAPTERS.keys() - OFF_BASE))
     def test_every_other_starts_as_the_model_it_is_put_on(self, family, kind):
-        model, plain = prepared(family, built(kind, **({"std": 0.0} if kind == "lora_xs" else {}))), base(family)
+        model, plain = prepared(family, built(kind, **({"std": 0.0} if kind in ("lora_xs", "graded") else {}))), base(family)
         inputs = {name: value for name, value in batch().items() if name != "labels"}
         with torch.no_grad():
             assert torch.equal(models.logits(model, model.params, batch()), plain(**inputs).logits)
@@ -214,7 +214,8 @@ class TestUnits:
 
     @pytest.mark.parametrize("kind", sorted(adapters.ADAPTERS.keys() - {"ia3", "bitfit", "head"}))
     def test_every_family_of_maps_chooses_targets_and_layers(self, kind):
-        model = prepared("bert", built(kind, targets=("key",), layers=(1,)))
+        more = {"cores": (1,)} if kind == "graded" else {}
+        model = prepared("bert", built(kind, targets=("key",), layers=(1,), **more))
         found = model.module.base_model.targeted_module_names
         assert found == ["bert.encoder.layer.1.attention.self.key"]
         with pytest.raises(ValueError, match=r"\['nope'\].*BertFor.*query, key, value, dense"):
@@ -283,6 +284,10 @@ class TestUnits:
             ("lora_fa", {"dropout": -0.1}, "dropout = -0.1 of lora_fa"),
             ("lora_xs", {"r": -1}, "r = -1 of lora_xs"),
             ("lora_xs", {"std": -1.0}, "std = -1.0"),
+            ("graded", {"core": 0}, "core = 0 of graded"),
+            ("graded", {"std": -1.0}, "std = -1.0 of graded"),
+            ("graded", {"cores": ()}, "cores = \\[\\] of graded"),
+            ("graded", {"cores": (0, 2), "layers": (1, 2)}, "each among `layers`"),
             ("vera", {"seed": -1}, "seed = -1 of vera; it must be 0 or more"),
             ("tiny_lora", {"u": 0}, "u = 0"),
             ("tiny_lora", {"tying": 1.5}, "tying = 1.5"),
@@ -390,7 +395,7 @@ class TestSaved:
         with torch.inference_mode():
             assert torch.equal(read(**inputs).logits, models.logits(model, values, batch()))
 
-    @pytest.mark.parametrize("kind", ["lora_xs", "lora_fa"])
+    @pytest.mark.parametrize("kind", ["lora_xs", "lora_fa", "graded"])
     def test_a_folder_that_was_changed_since(self, kind, tmp_path):
         """Trained on as a plain LoRA, it is one; without the note beside it, it opens as one."""
         model = prepared("bert", built(kind))
@@ -409,6 +414,29 @@ class TestSaved:
             model = prepared("bert", built(kind))
             models.save_adapter(model, moved(model), tmp_path, {})
         assert prepared("bert", str(tmp_path)).units == model.units
+
+
+class TestGraded:
+    """LoRA-XS in the named layers, LoRA in the others, each as the family it is of."""
+
+    def test_each_layer_is_as_its_family_makes_it(self):
+        graded = prepared("bert", adapters.graded(r=2, alpha=4.0, core=3, cores=(1,), std=0.0, targets=("query",)))
+        own = {unit.name: unit.size for unit in graded.units if not unit.head}
+        assert list(own.values()) == [2 * (16 + 16), 3 * 3]
+        lora = prepared("bert", adapters.lora(r=2, alpha=4.0, targets=("query",), layers=(0,)))
+        cores = prepared("bert", adapters.lora_xs(r=3, alpha=3.0, targets=("query",), layers=(1,)))
+        values = moved(graded)
+        for other, layer in ((lora, 0), (cores, 1)):
+            still = {n: v if f"layer.{layer}." in n or "lora_" not in n else 0 * v for n, v in values.items()}
+            a = {name: still[name] for name in other.params}
+            fixed = {n: v for n, v in dict(graded.module.named_parameters()).items() if "layer.0" in n and "lora_A" in n}
+            for name in fixed.keys() & other.params.keys():
+                other.module.get_parameter(name).data.copy_(values[name])
+            torch.testing.assert_close(models.logits(graded, still, batch()), models.logits(other, a, batch()))
+
+    def test_a_layer_that_the_model_lacks(self):
+        with pytest.raises(ValueError, match=r"found nothing for layers \[7\]"):
+            prepared("bert", adapters.graded(r=1, core=2, cores=(7,)))
 
 
 class TestLoraXs:
@@ -683,7 +711,7 @@ class TestRuns:
 
     @pytest.mark.parametrize(
         "kind",
-        [pytest.param(k, marks=[] if k in ("lora_xs", "vb_lora") else pytest.mark.slow) for k in adapters.ADAPTERS],
+        [pytest.param(k, marks=[] if k in ("graded", "vb_lora") else pytest.mark.slow) for k in adapters.ADAPTERS],
     )
     def test_a_run_that_is_interrupted_goes_on_to_the_same_adapter(self, kind, tiny, reviews, tmp_path, monkeypatch):
         monkeypatch.setattr("spryfl.pictures.curves", lambda runs, path: None)
@@ -698,7 +726,7 @@ class TestRuns:
         assert {path.name: path.read_bytes() for path in cut.iterdir()} == {
             path.name: path.read_bytes() for path in whole.iterdir()
         }
-        assert (cut / adapters.TRAINED).exists() == (kind in ("lora_fa", "lora_xs"))
+        assert (cut / adapters.TRAINED).exists() == (kind in ("lora_fa", "lora_xs", "graded"))
         assert self.spryfl(monkeypatch, "run", *words, "--set", f"model.adapter={cut}", "--name", "on") == 0
         states = (journal.load(journal.open_folder(tmp_path / name), journal.NEWEST)[0] for name in ("whole", "on"))
         first, on = ({name: value.shape for name, value in state.params.items()} for state in states)

@@ -122,6 +122,16 @@ def test_an_adapter_on_some_blocks_alone(numbers, way):
         same(footprint(of, WAYS[way], mine, rows=ROWS, tokens=TOKENS).step, count)
 
 
+@pytest.mark.parametrize("way", ["backprop", "forward, K = 4", "exact top"])
+def test_cores_in_some_blocks(way):
+    """Blocks with the same units, and other numbers of values in them, are not one kind."""
+    adapter = adapters.graded(r=8, core=2, cores=(0, 2, 3), layers=(0, 2, 3, 4, 5))
+    of = outline("roberta", 6, adapter=adapter)
+    for mine in (of.units, late(of, 6), of.units[::3]):
+        count, _ = real("roberta", 6, WAYS[way], mine, adapter=adapter)
+        same(footprint(of, WAYS[way], mine, rows=ROWS, tokens=TOKENS).step, count)
+
+
 def test_an_adapter_on_a_block_that_is_not_there():
     with pytest.raises(ValueError, match=r"layers \[9\]"):
         outline("roberta", 6, adapter=adapters.lora(layers=[9]))

@@ -26,7 +26,7 @@ from spryfl.adapters import ADAPTERS, build
 from spryfl.data.examples import Examples
 
 TEXTS = ("the film was good", "a bad day in town", "they said it was dull")
-OPTIONS = {"vb_lora": {"length": 16}, "lora_xs": {"r": 4}, "vera": {"r": 8}}
+OPTIONS = {"vb_lora": {"length": 16}, "lora_xs": {"r": 4}, "graded": {"r": 2}, "vera": {"r": 8}}
 
 
 def adapter_of(name: str, folder: Path, kind: str = "lora", task=None, stream: bool = False) -> Path:

@@ -103,7 +103,7 @@ def graded(
     r: int = 8,
     alpha: float = 16.0,
     core: int = 4,
-    cores: Numbered = (),
+    cores: Numbered = (0,),
     std: float = 1e-5,
     targets: Named = (),
     layers: Numbered = (),
@@ -150,8 +150,8 @@ def graded(
 
 
 def core_pattern(number: int) -> str:
-    """What PEFT finds the maps of a layer by: its number is the first in their paths."""
-    return rf"[^0-9]*\.{number}\..*"
+    """What PEFT finds the maps of a layer by: its number is the first in their paths, whatever comes behind it."""
+    return rf"^[^0-9]*\.{number}\..*"
 
 
 def core_layers(config: Any) -> tuple[int, ...]:

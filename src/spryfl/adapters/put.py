@@ -18,7 +18,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from spryfl.adapters import core
-from spryfl.adapters.families import NOTHING, Adapter
+from spryfl.adapters.families import NOTHING, Adapter, core_layers
 from spryfl.adapters.units import Adapted, adapted, head_modules, own, plain_head, state
 
 TRAINED = "trained.safetensors"  # beside an adapter of which PEFT would train more
@@ -140,7 +140,8 @@ def _check_used(module: PeftModel, config: PeftConfig) -> None:
         return
     numbers = {int(part) for name in found for part in name.split(".") if part.isdigit()}
     missing = sorted(t for t in asked.target_modules if not any(f".{name}".endswith(f".{t}") for name in found))
-    absent = [layer for layer in getattr(asked, "layers_to_transform", None) or () if layer not in numbers]
+    wanted = {*(getattr(asked, "layers_to_transform", None) or ()), *core_layers(asked)}
+    absent = sorted(layer for layer in wanted if layer not in numbers)
     if missing or absent:
         what = f"targets {missing}" if missing else f"layers {absent}"
         raise ValueError(f"the adapter found nothing for {what} in {_there(module.get_base_model())}")
@@ -173,11 +174,12 @@ def _there(model: nn.Module) -> str:
 
 
 class _quiet(warnings.catch_warnings):
-    """Leaves out what PEFT warns of and a user can do nothing about: a deprecation, a setting it mends, norms."""
+    """Leaves out what PEFT warns of and a user can do nothing about: a deprecation, a setting it mends, norms, what is said better here."""
 
     def __enter__(self) -> Any:
         log = super().__enter__()
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False", category=UserWarning)
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys", category=RuntimeWarning)
         warnings.filterwarnings("ignore", message="Unsupported layer type", category=UserWarning)  # norms, in LN tuning
         return log
