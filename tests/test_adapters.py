@@ -420,11 +420,11 @@ class TestGraded:
     """LoRA-XS in the named layers, LoRA in the others, each as the family it is of."""
 
     def test_each_layer_is_as_its_family_makes_it(self):
-        graded = prepared("bert", adapters.graded(r=2, alpha=4.0, core=3, cores=(1,), std=0.0, targets=("query",)))
+        graded = prepared("bert", adapters.graded(2, 4.0, core=3, core_alpha=6.0, cores=(1,), std=0.0, targets=("query",)))
         own = {unit.name: unit.size for unit in graded.units if not unit.head}
         assert list(own.values()) == [2 * (16 + 16), 3 * 3]
         lora = prepared("bert", adapters.lora(r=2, alpha=4.0, targets=("query",), layers=(0,)))
-        cores = prepared("bert", adapters.lora_xs(r=3, alpha=3.0, targets=("query",), layers=(1,)))
+        cores = prepared("bert", adapters.lora_xs(r=3, alpha=6.0, targets=("query",), layers=(1,)))
         values = moved(graded)
         for other, layer in ((lora, 0), (cores, 1)):
             still = {n: v if f"layer.{layer}." in n or "lora_" not in n else 0 * v for n, v in values.items()}

@@ -103,6 +103,7 @@ def graded(
     r: int = 8,
     alpha: float = 16.0,
     core: int = 4,
+    core_alpha: float = 4.0,
     cores: Numbered = (0,),
     std: float = 1e-5,
     targets: Named = (),
@@ -115,8 +116,9 @@ def graded(
 
     Args:
         r: rank of the LoRAs, r (n + m) values a map.
-        alpha: scale of their update; a core's is 1.
+        alpha: scale of their update, alpha / r.
         core: rank of the LoRA-XS.
+        core_alpha: scale of its update, core_alpha / core.
         cores: numbers of the layers that get one, 0 first.
         std: of a core's entries at the start, as lora_xs's.
         targets: as lora's.
@@ -141,8 +143,8 @@ def graded(
             f"cores = {list(cores)} of graded with layers = {list(layers)}: name the layers that get a LoRA-XS, each "
             f"among `layers` where that is given. For the same in all layers take lora, or lora_xs."
         )
-    patterns = {core_pattern(number): core for number in cores}
-    options: dict[str, Any] = {"r": r, "lora_alpha": alpha, "rank_pattern": patterns, "alpha_pattern": patterns}
+    ranks, alphas = ({core_pattern(i): value for i in cores} for value in (core, core_alpha))
+    options: dict[str, Any] = {"r": r, "lora_alpha": alpha, "rank_pattern": ranks, "alpha_pattern": alphas}
     return Adapter(
         lambda head: LoraConfig(**options, **_where(targets, layers, head)),
         lambda module: core_put(module, std, core_layers(module.peft_config["default"])),

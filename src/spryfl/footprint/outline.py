@@ -163,9 +163,9 @@ def _renumbered(adapter: Adapter, chosen: Sequence[int]) -> Adapter:
         made: Any = adapter.config(head)
         made.layers_to_transform = _here(layers, chosen) or None
         if cores:
-            rank = next(iter(made.rank_pattern.values()))
-            patterns = {core_pattern(here): rank for here in _cores(adapter, chosen)}
-            made.rank_pattern, made.alpha_pattern = dict(patterns), dict(patterns)
+            rank, here = next(iter(made.rank_pattern.values())), _cores(adapter, chosen)
+            made.rank_pattern = dict.fromkeys(map(core_pattern, here), rank)
+            made.alpha_pattern = {}  # a scale holds no memory
         return made
 
     return adapter._replace(config=config)

@@ -1,0 +1,103 @@
+"""What run folders reached, as result files; and accuracy against the memory of a step, as a picture.
+
+    table      label -> what its complete runs ended with, by seed
+    results    a line a label: means, each seed's accuracy, passes, bytes, memory
+    picture    a point a label, with the range over its seeds
+
+The scripts of experiments/ share it. A run folder is LABEL-seedSEED, as `spryfl compare` names them. Cost: reading records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from statistics import mean
+from typing import Any, NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from spryfl import report
+
+Seeds = dict[str, list[float]]  # name -> a number a seed
+
+
+class Point(NamedTuple):
+    """A label of the picture."""
+
+    label: str  # of the table
+    megabytes: float
+    said: str  # beside it
+    where: tuple[float, float] = (7, -4)  # in points from it
+    color: str | None = None
+
+
+def table(folders: Iterable[str | Path]) -> dict[str, Seeds]:
+    """label -> what its complete runs ended with, in the order of the seeds."""
+    out: dict[str, Seeds] = {}
+    for path in sorted(map(Path, folders)):
+        if not (path / "config.toml").is_file():
+            continue
+        run = report.read(path)
+        if run.facts["state"] == "complete":
+            label, _, seed = path.name.rpartition("-seed")
+            for key, value in {"seed": int(seed), **_ended(run)}.items():
+                out.setdefault(label, {}).setdefault(key, []).append(value)
+    return out
+
+
+def _ended(run: Any) -> dict[str, Any]:
+    last = report.scored(run)[-1]
+    return {
+        "accuracy": last["accuracy"],
+        "test_loss": last["test_loss"],
+        "rounds": last["round"],
+        "value_passes": last["value_passes"],
+        "tangent_passes": last["tangent_passes"],
+        "backward_passes": last["backward_passes"],
+        "mb_up": last["bytes_up"] / 1e6,
+        "mb_down": last["bytes_down"] / 1e6,
+        "peak_mb": report.peak(run),
+        "seconds": last["seconds"],
+    }
+
+
+def results(found: Mapping[str, Seeds], held: Mapping[str, float]) -> list[dict[str, Any]]:
+    """A line a label, as the pages show them; `held` is label -> MB of a step."""
+    return [
+        {
+            "row": label,
+            "seeds": ", ".join(str(int(seed)) for seed in one["seed"]),
+            "accuracy": mean(one["accuracy"]),
+            "each": ", ".join(f"{value:.4f}" for value in one["accuracy"]),
+            "loss": mean(one["test_loss"]),
+            "passes": mean(one["value_passes"]) + mean(one["tangent_passes"]) + mean(one["backward_passes"]),
+            "up": mean(one["mb_up"]),
+            "seconds": mean(one["seconds"]),
+            "held": f"{held[label]:.1f}" if label in held else "",
+        }
+        for label, one in found.items()
+    ]
+
+
+def picture(found: Mapping[str, Seeds], points: Iterable[Point], head: float, tokens: int, path: Path) -> None:
+    """Accuracy on the test rows against what a step holds; `head` is the best converged head's accuracy."""
+    figure, axes = plt.subplots(figsize=(7.2, 4.4), layout="constrained")
+    for point in points:
+        if point.label not in found:
+            continue
+        seen = found[point.label]["accuracy"]
+        x, y = point.megabytes, mean(seen)
+        axes.errorbar(x, y, [[y - min(seen)], [max(seen) - y]], marker="o", capsize=3, color=point.color)
+        axes.annotate(point.said, (x, y), xytext=point.where, textcoords="offset points", fontsize=8)
+    axes.axhline(head, linestyle="--", linewidth=1, color="gray")
+    axes.set_xscale("log")
+    axes.set_xlim(0.65, 30)
+    said = "best converged head (mean of the tokens)"
+    axes.annotate(said, (0.72, head), xytext=(0, 3), textcoords="offset points", fontsize=8)
+    axes.set_xlabel(f"MB of a step above the model (one sequence of {tokens} tokens at a time)")
+    axes.set_ylabel("accuracy on 872 test rows")
+    axes.margins(y=0.12)
+    figure.savefig(path, dpi=130)
