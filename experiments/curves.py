@@ -4,11 +4,12 @@
     results    a line a label: means, each seed's accuracy, passes, bytes, memory
     picture    a point a label, with the range over its seeds
 
-The scripts of experiments/ share it. A run folder is LABEL-seedSEED, as `spryfl compare` names them. Cost: reading records.
+The scripts of experiments/ share it. A run folder is LABEL-seedSEED, as `spryfl compare` names them. Reads records alone.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import mean
@@ -80,6 +81,16 @@ def results(found: Mapping[str, Seeds], held: Mapping[str, float]) -> list[dict[
         }
         for label, one in found.items()
     ]
+
+
+def read(path: Path) -> Any:
+    """A result file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write(path: Path, what: Any) -> None:
+    """The same."""
+    path.write_text(json.dumps(what, indent=1) + "\n", encoding="utf-8")
 
 
 def picture(found: Mapping[str, Seeds], points: Iterable[Point], head: float, tokens: int, path: Path) -> None:

@@ -5,10 +5,8 @@ python experiments/t1_sst2/picture.py iid.json runs/t1-iid/*       # that file a
 python experiments/t1_sst2/picture.py                              # the picture alone
 """
 
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
@@ -37,26 +35,16 @@ def main() -> None:
     """The table if run folders are given, and the picture."""
     words = sys.argv[1:]
     if words and words[0].endswith(".json"):
-        write(words[0], curves.results(curves.table(words[1:]), {}))
+        curves.write(HERE / words[0], curves.results(curves.table(words[1:]), {}))
         return
     if words:
-        write("table.json", curves.table(words))
-    found, memory, head = (read(name) for name in ("table.json", "memory.json", "head.json"))
+        curves.write(HERE / "table.json", curves.table(words))
+    found, memory, head = (curves.read(HERE / name) for name in ("table.json", "memory.json", "head.json"))
     held = {label: memory[place]["measured_mb"] for label, place in MEMORY.items()}
-    write("results.json", curves.results(found, held))
+    curves.write(HERE / "results.json", curves.results(found, held))
     drawn = {**found, "checkpointed": found["backprop"], "forward": found["twin"]}  # the same steps, on more seeds
     points = [curves.Point(label, held[label], *SAID[label]) for label in MEMORY]
     curves.picture(drawn, points, head["chosen"]["test"], 64, HERE / "curve.png")
-
-
-def read(name: str) -> Any:
-    """A result file."""
-    return json.loads((HERE / name).read_text(encoding="utf-8"))
-
-
-def write(name: str, what: Any) -> None:
-    """The same."""
-    (HERE / name).write_text(json.dumps(what, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
