@@ -4,7 +4,7 @@
     results    a line a label: means, each seed's accuracy, passes, bytes, memory
     picture    a point a label, with the range over its seeds
 
-The scripts of experiments/ share it. A run folder is LABEL-seedSEED, as `spryfl compare` names them. Reads records alone.
+The scripts of experiments/ share it. A run folder is LABEL-seedSEED, as `spryfl compare` names it. Reads records alone.
 """
 
 from __future__ import annotations

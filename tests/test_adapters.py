@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers as hf
 from jvp.families import FAMILIES, enliven, loss_of
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 
 from spryfl import adapters, cli, journal, models
@@ -175,7 +175,8 @@ class TestUnits:
     @pytest.mark.parametrize("family", HERE)
     @pytest.mark.parametrize("kind", sorted(adapters.ADAPTERS.keys() - OFF_BASE))
     def test_every_other_starts_as_the_model_it_is_put_on(self, family, kind):
-        model, plain = prepared(family, built(kind, **({"std": 0.0} if kind in ("lora_xs", "graded") else {}))), base(family)
+        exact = {"std": 0.0} if kind in ("lora_xs", "graded") else {}
+        model, plain = prepared(family, built(kind, **exact)), base(family)
         inputs = {name: value for name, value in batch().items() if name != "labels"}
         with torch.no_grad():
             assert torch.equal(models.logits(model, model.params, batch()), plain(**inputs).logits)
@@ -420,7 +421,8 @@ class TestGraded:
     """LoRA-XS in the named layers, LoRA in the others, each as the family it is of."""
 
     def test_each_layer_is_as_its_family_makes_it(self):
-        graded = prepared("bert", adapters.graded(2, 4.0, core=3, core_alpha=6.0, cores=(1,), std=0.0, targets=("query",)))
+        options = {"core": 3, "core_alpha": 6.0, "cores": (1,), "std": 0.0, "targets": ("query",)}
+        graded = prepared("bert", adapters.graded(2, 4.0, **options))
         own = {unit.name: unit.size for unit in graded.units if not unit.head}
         assert list(own.values()) == [2 * (16 + 16), 3 * 3]
         lora = prepared("bert", adapters.lora(r=2, alpha=4.0, targets=("query",), layers=(0,)))
@@ -429,10 +431,18 @@ class TestGraded:
         for other, layer in ((lora, 0), (cores, 1)):
             still = {n: v if f"layer.{layer}." in n or "lora_" not in n else 0 * v for n, v in values.items()}
             a = {name: still[name] for name in other.params}
-            fixed = {n: v for n, v in dict(graded.module.named_parameters()).items() if "layer.0" in n and "lora_A" in n}
-            for name in fixed.keys() & other.params.keys():
-                other.module.get_parameter(name).data.copy_(values[name])
             torch.testing.assert_close(models.logits(graded, still, batch()), models.logits(other, a, batch()))
+
+    def test_layers_may_be_counted_from_the_end(self, tmp_path):
+        front = prepared("bert", adapters.graded(1, core=2, cores=(LAYERS - 2,), layers=(LAYERS - 2, LAYERS - 1)))
+        end = prepared("bert", adapters.graded(1, core=2, cores=(-2,), layers=(-2, -1)))
+        assert front.units == end.units
+        models.save_adapter(end, moved(end), tmp_path, {})
+        assert prepared("bert", str(tmp_path)).units == end.units
+
+    def test_another_pattern_of_ranks_is_left_as_it_is(self):
+        own = adapters.Adapter(lambda head: LoraConfig(r=2, rank_pattern={"query": 3}, modules_to_save=list(head)))
+        assert {unit.size for unit in prepared("bert", own).units if not unit.head} == {3 * 32, 2 * 32}
 
     def test_a_layer_that_the_model_lacks(self):
         with pytest.raises(ValueError, match=r"found nothing for layers \[7\]"):

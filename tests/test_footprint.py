@@ -111,7 +111,7 @@ def test_a_step_holds_what_was_foretold(way):
 
 
 @pytest.mark.parametrize("way", ["backprop", "forward, K = 4", "exact head"])
-@pytest.mark.parametrize("numbers", [[5], [1, 2]])
+@pytest.mark.parametrize("numbers", [[5], [1, 2], [-1]])
 def test_an_adapter_on_some_blocks_alone(numbers, way):
     """The short forms have it where the model has it; a client that moves the head alone is foretold too."""
     adapter = adapters.lora(layers=numbers)
@@ -125,7 +125,7 @@ def test_an_adapter_on_some_blocks_alone(numbers, way):
 @pytest.mark.parametrize("way", ["backprop", "forward, K = 4", "exact top"])
 def test_cores_in_some_blocks(way):
     """Blocks with the same units, and other numbers of values in them, are not one kind."""
-    adapter = adapters.graded(r=8, core=2, cores=(0, 2, 3), layers=(0, 2, 3, 4, 5))
+    adapter = adapters.graded(r=8, core=2, cores=(0, -4, -3), layers=(0, -4, -3, -2, -1))
     of = outline("roberta", 6, adapter=adapter)
     for mine in (of.units, late(of, 6), of.units[::3]):
         count, _ = real("roberta", 6, WAYS[way], mine, adapter=adapter)

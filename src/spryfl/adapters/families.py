@@ -26,6 +26,7 @@ from spryfl.adapters.core import put as core_put
 
 # PEFT's own name for "no module at all": what is left are biases and modules_to_save.
 NOTHING = "dummy-target-modules"
+_CORE = re.compile(r"\^\[\^0-9\]\*\\\.(-?\d+)\\\.\.\*")  # what `core_pattern` writes
 Named = tuple[str, ...]
 Numbered = tuple[int, ...]
 
@@ -45,7 +46,7 @@ def lora(r: int = 1, alpha: float = 1.0, dropout: float = 0.0, targets: Named = 
         alpha: scale of the update.
         dropout: on the adapter's input, while training.
         targets: ends of module names; empty is PEFT's choice for the model (query and value).
-        layers: numbers of the layers that get one, 0 first; empty is all.
+        layers: numbers of the layers that get one, 0 the first, -1 the last; empty is all.
 
     Raises:
         ValueError: an option is out of its range.
@@ -119,7 +120,7 @@ def graded(
         alpha: scale of their update, alpha / r.
         core: rank of the LoRA-XS.
         core_alpha: scale of its update, core_alpha / core.
-        cores: numbers of the layers that get one, 0 first.
+        cores: numbers of the layers that get one, 0 the first, -1 the last.
         std: of a core's entries at the start, as lora_xs's.
         targets: as lora's.
         layers: those that get anything, `cores` among them; empty is all.
@@ -158,8 +159,23 @@ def core_pattern(number: int) -> str:
 
 def core_layers(config: Any) -> tuple[int, ...]:
     """The layers in which `graded` puts cores, by PEFT's configuration; nothing for any other family."""
-    patterns = getattr(config, "rank_pattern", None) or {}
-    return tuple(i for pattern in patterns if (i := next(map(int, re.findall(r"\\\.(\d+)", pattern)), -1)) >= 0)
+    found = (_CORE.fullmatch(pattern) for pattern in getattr(config, "rank_pattern", None) or {})
+    return tuple(int(one[1]) for one in found if one)
+
+
+def from_the_front(config: Any, count: int) -> Any:
+    """PEFT's configuration with its layers counted from the front, in place: -1 is the last of `count`."""
+
+    def place(number: int) -> int:
+        return number + count if -count <= number < 0 else number
+
+    layers, cores = getattr(config, "layers_to_transform", None), core_layers(config)
+    if isinstance(layers, list):
+        config.layers_to_transform = [place(number) for number in layers]
+    for name in ("rank_pattern", "alpha_pattern") if cores else ():
+        values = getattr(config, name).values()
+        setattr(config, name, {core_pattern(place(i)): value for i, value in zip(cores, values, strict=True)})
+    return config
 
 
 def vera(r: int = 256, initial: float = 0.1, seed: int = 0, targets: Named = (), layers: Numbered = ()) -> Adapter:

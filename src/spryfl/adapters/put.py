@@ -18,7 +18,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from spryfl.adapters import core
-from spryfl.adapters.families import NOTHING, Adapter, core_layers
+from spryfl.adapters.families import NOTHING, Adapter, core_layers, from_the_front
 from spryfl.adapters.units import Adapted, adapted, head_modules, own, plain_head, state
 
 TRAINED = "trained.safetensors"  # beside an adapter of which PEFT would train more
@@ -121,8 +121,8 @@ def _trained_alone(module: PeftModel, path: Path) -> None:
 
 
 def _filled(config: PeftConfig, model: nn.Module) -> PeftConfig:
-    """The configuration with its targets named, for the models that PEFT names none for."""
-    named: Any = config
+    """The configuration with its targets named, for the models that PEFT names none for, and its layers by number."""
+    named: Any = from_the_front(config, getattr(model.config, "num_hidden_layers", 0))
     kind = getattr(model.config, "model_type", "")
     if named.target_modules is None and kind in _USUAL:
         lora_targets, targets, feedforward = _USUAL[kind]
@@ -174,7 +174,7 @@ def _there(model: nn.Module) -> str:
 
 
 class _quiet(warnings.catch_warnings):
-    """Leaves out what PEFT warns of and a user can do nothing about: a deprecation, a setting it mends, norms, what is said better here."""
+    """Leaves out what PEFT warns of and a user cannot mend: a deprecation, a setting it changes itself, norms, layers."""
 
     def __enter__(self) -> Any:
         log = super().__enter__()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from spryfl import adapters, models, opened, tasks
 from spryfl.adapters import Adapter
-from spryfl.adapters.families import core_layers, core_pattern
+from spryfl.adapters.families import core_layers, core_pattern, from_the_front
 from spryfl.backbone.codec import codec_of, nbytes
 from spryfl.backbone.packed import Packed
 from spryfl.backbone.store import is_packed, open_store
@@ -131,41 +131,44 @@ def built(config: Any, chosen: Sequence[int], adapter: Adapter, task: Task, prec
         base = models.empty(_shortened(config, chosen), task, torch.float32 if precision else None)
         if precision:
             _encode(base, task, precision)
-        short = len(chosen) < config.num_hidden_layers
-        made = adapters.wrap(base, _renumbered(adapter, chosen) if short else adapter, task.head)
+        count = config.num_hidden_layers
+        own = _renumbered(adapter, chosen, count) if len(chosen) < count else adapter
+        made = adapters.wrap(base, own, task.head)
     return Skeleton(made.module, dict(made.params), made.units, tuple(_types(config)[i] for i in chosen))
 
 
-def _layers(adapter: Adapter) -> tuple[int, ...]:
-    """The blocks that an adapter is put on; empty for all."""
-    asked = getattr(adapter.config(()), "layers_to_transform", None) or ()
-    return tuple(asked) if isinstance(asked, list | tuple) else (asked,)
+class _Places(NamedTuple):
+    """Where an adapter is put on a model."""
+
+    layers: tuple[int, ...]  # empty for all
+    cores: tuple[int, ...]  # of them those with ranks of their own
+
+    def within(self, chosen: Sequence[int]) -> _Places:
+        """The same in a short form of the chosen blocks; the last one stands for `layers` where none is chosen."""
+        here = {i: at for at, i in enumerate(chosen)}
+        layers, cores = ([here[i] for i in sorted(own) if i in here] for own in self)
+        return _Places(tuple(layers or [len(chosen) - 1] * bool(self.layers)), tuple(cores))
 
 
-def _here(layers: Sequence[int], chosen: Sequence[int]) -> list[int]:
-    """Where in a short form the blocks of an adapter are; the last one stands for them where none is chosen."""
-    return [here for here, i in enumerate(chosen) if i in layers] or [len(chosen) - 1] * bool(layers)
+def _places(adapter: Adapter, count: int) -> _Places:
+    made = from_the_front(adapter.config(()), count)
+    asked = getattr(made, "layers_to_transform", None) or ()
+    return _Places(tuple(asked) if isinstance(asked, list | tuple) else (asked,), core_layers(made))
 
 
-def _cores(adapter: Adapter, chosen: Sequence[int]) -> list[int]:
-    """Where in a short form the blocks with cores of their own are."""
-    layers = core_layers(adapter.config(()))
-    return [here for here, i in enumerate(chosen) if i in layers]
-
-
-def _renumbered(adapter: Adapter, chosen: Sequence[int]) -> Adapter:
+def _renumbered(adapter: Adapter, chosen: Sequence[int], count: int) -> Adapter:
     """An adapter of some blocks alone, for a short form, whose blocks have other numbers."""
-    layers, cores = _layers(adapter), core_layers(adapter.config(()))
-    if not layers and not cores:
+    places = _places(adapter, count)
+    if not any(places):
         return adapter
+    here = places.within(chosen)
 
     def config(head: Sequence[str]) -> Any:
         made: Any = adapter.config(head)
-        made.layers_to_transform = _here(layers, chosen) or None
-        if cores:
-            rank, here = next(iter(made.rank_pattern.values())), _cores(adapter, chosen)
-            made.rank_pattern = dict.fromkeys(map(core_pattern, here), rank)
-            made.alpha_pattern = {}  # a scale holds no memory
+        made.layers_to_transform = list(here.layers) or None
+        for name in ("rank_pattern", "alpha_pattern") if places.cores else ():
+            value = next(iter(getattr(made, name).values()))
+            setattr(made, name, dict.fromkeys(map(core_pattern, here.cores), value))
         return made
 
     return adapter._replace(config=config)
@@ -196,8 +199,8 @@ def _mapped(module: Any, precision: str) -> set[str]:
 
 def skeleton(of: Outline, chosen: Sequence[int]) -> Skeleton:
     """A short form of a model; the same one for blocks of the same types with the adapter at the same places."""
-    places = (*_here(_layers(of.adapter), chosen), "cores", *_cores(of.adapter, chosen))
-    key = "skeleton", tuple(_types(of.config)[i] for i in chosen), *places
+    places = _places(of.adapter, of.layers).within(chosen)
+    key = "skeleton", tuple(_types(of.config)[i] for i in chosen), places
     if key not in of.known:
         of.known[key] = built(of.config, chosen, of.adapter, of.task, of.precision)
     return of.known[key]
