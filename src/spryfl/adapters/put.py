@@ -174,7 +174,7 @@ def _there(model: nn.Module) -> str:
 
 
 class _quiet(warnings.catch_warnings):
-    """Leaves out what PEFT warns of and a user cannot mend: a deprecation, a setting it changes itself, norms, layers."""
+    """Leaves out what PEFT warns of and a user cannot mend: a deprecation, a setting it changes, norms, layers."""
 
     def __enter__(self) -> Any:
         log = super().__enter__()
