@@ -33,7 +33,7 @@ export PATH="$bin:$PATH"
 short=(--rounds 2 --threads 1 --set train.steps=2)
 
 say open the report
-spryfl report runs/quickstart/spry --to runs/report.png
+spryfl report runs/quickstart/spry-plus --to runs/report.png
 test -s runs/report.png
 
 say change the method
@@ -41,7 +41,7 @@ spryfl run --out runs/quickstart --name fedavg --method fedavg --data docstrings
     --set data.train_rows=200 --set data.test_rows=50 --clients 10 --cohort 2
 
 say compare
-spryfl report runs/quickstart/spry runs/quickstart/head-alone runs/quickstart/fedavg --to runs/compared.png
+spryfl report runs/quickstart/spry-plus runs/quickstart/head-alone runs/quickstart/fedavg --to runs/compared.png
 test -s runs/compared.png
 
 say a file of your own

@@ -547,9 +547,9 @@ class TestPicture:
 def test_without_a_configuration_it_is_the_quickstarts(spryfl, monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(training, "_compare", lambda *arguments: seen.append(arguments))
-    assert spryfl("compare", "--methods", "spry, fedavg", "--seeds", "1,2", "--set", "train.rounds=2")[0] == 0
+    assert spryfl("compare", "--methods", "spry_plus, fedavg", "--seeds", "1,2", "--set", "train.rounds=2")[0] == 0
     (made, folder, quiet, target) = seen[0]
-    assert list(made.runs) == [("spry", 1), ("fedavg", 1), ("spry", 2), ("fedavg", 2)]
-    quick = config.Experiment.load(config.QUICKSTART, {"train": {"rounds": 2}, "seed": 1, "name": "spry-seed1"})
-    assert made.runs["spry", 1] == quick
+    assert list(made.runs) == [("spry_plus", 1), ("fedavg", 1), ("spry_plus", 2), ("fedavg", 2)]
+    quick = config.Experiment.load(config.QUICKSTART, {"train": {"rounds": 2}, "seed": 1, "name": "spry_plus-seed1"})
+    assert made.runs["spry_plus", 1] == quick
     assert (folder, quiet, target) == (Path("runs/compare-quickstart"), False, 0.0)

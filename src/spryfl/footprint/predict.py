@@ -165,10 +165,14 @@ def _asked(
 
 
 def _whole(asked: _Asked, units: Sequence[Unit], pieces: bool) -> _Held:
-    """A step; where the batch comes in pieces their dense gradients are summed in memory of their own."""
+    """A step; where the batch comes in pieces their dense gradients are summed in memory of their own.
+
+    In the last phase, the update, the sum is the gradient, and no piece's own is left.
+    """
     whole = _continued(asked, "step", units)
     summed = 4 * sum(unit.size for unit in units if unit.name in (asked.exact or ())) if pieces else 0
-    return whole._replace(state=whole.state + summed, peaks=(whole.most + summed,))
+    *passes, update = whole.peaks
+    return whole._replace(state=whole.state + summed, peaks=(*(most + summed for most in passes), update))
 
 
 def _reverse(of: Outline, method: Method, units: Sequence[Unit]) -> frozenset[str] | None:
