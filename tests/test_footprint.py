@@ -158,6 +158,16 @@ def test_tangents_that_are_used_again_are_foretold(way, monkeypatch):
     same(footprint(of, WAYS[way], rows=16, tokens=128).step, count)
 
 
+def test_directions_one_by_one_through_a_cut_hold_the_tangents_of_one():
+    """What more of them hold is the directions themselves, and one more copy while they are drawn."""
+    of = outline("roberta", 4)
+    d = 4 * sum(unit.size for unit in of.units)
+    one, eight, at_once = (
+        real("roberta", 4, forward(k, head="exact", chunk=chunk), of.units)[0] for k, chunk in ((1, 0), (8, 1), (8, 0))
+    )
+    assert eight < one + 2 * 8 * d < at_once
+
+
 @pytest.mark.parametrize("r", [1, 32])  # with many values the update holds most
 @pytest.mark.parametrize("way", ["backprop", "checkpointed", "exact head"])
 def test_in_pieces(way, r):
