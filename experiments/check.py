@@ -135,9 +135,19 @@ def _tables(text: str, document: Path) -> tuple[str, list[Wrong]]:
                 new = markdown(made)
                 wrong += [Wrong(where, one) for one in _differences(lines[start:stop], new)]
         out.append((start, stop, new))
+    where = f"{document.parent.name}/{document.name}"
+    wrong += [Wrong(f"{where}:{i + 1}", "no table stands below this comment") for i in _lonely(lines)]
     for start, stop, new in reversed(out):
         lines[start:stop] = new
     return "\n".join(lines), wrong
+
+
+def _lonely(lines: Sequence[str]) -> Iterator[int]:
+    """Places of comments that no table follows."""
+    for i, line in enumerate(lines):
+        below = next((other for other in lines[i + 1 :] if other.strip()), "")
+        if MARK.fullmatch(line) and not below.startswith("|"):
+            yield i
 
 
 def _blocks(lines: Sequence[str]) -> Iterator[tuple[int, int]]:

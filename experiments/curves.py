@@ -93,7 +93,14 @@ def write(path: Path, what: Any) -> None:
     path.write_text(json.dumps(what, indent=1) + "\n", encoding="utf-8")
 
 
-def picture(found: Mapping[str, Seeds], points: Iterable[Point], head: float, tokens: int, path: Path) -> None:
+def picture(
+    found: Mapping[str, Seeds],
+    points: Iterable[Point],
+    head: float,
+    tokens: int,
+    path: Path,
+    wide: tuple[float, float] = (0.65, 30),
+) -> None:
     """Accuracy on the test rows against what a step holds; `head` is the best converged head's accuracy."""
     figure, axes = plt.subplots(figsize=(7.2, 4.4), layout="constrained")
     for point in points:
@@ -105,9 +112,12 @@ def picture(found: Mapping[str, Seeds], points: Iterable[Point], head: float, to
         axes.annotate(point.said, (x, y), xytext=point.where, textcoords="offset points", fontsize=8)
     axes.axhline(head, linestyle="--", linewidth=1, color="gray")
     axes.set_xscale("log")
-    axes.set_xlim(0.65, 30)
+    axes.set_xlim(*wide)
+    ticks = [tick for tick in (0.7, 1, 2, 3, 4, 5, 7, 10, 15, 20, 30) if wide[0] <= tick <= wide[1]]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
     said = "best converged head (mean of the tokens)"
-    axes.annotate(said, (0.72, head), xytext=(0, 3), textcoords="offset points", fontsize=8)
+    axes.annotate(said, (1.1 * wide[0], head), xytext=(0, 3), textcoords="offset points", fontsize=8)
     axes.set_xlabel(f"MB of a step above the model (one sequence of {tokens} tokens at a time)")
     axes.set_ylabel("accuracy on 872 test rows")
     axes.margins(y=0.12)

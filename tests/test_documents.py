@@ -100,6 +100,7 @@ def test_values_differences_and_multiples(document):
         (f"<!-- check: target table.json -->\n{EMPTY}", "no target"),
         (f"<!-- check: methods table.json ; a <- median accuracy 4 -->\n{EMPTY}", "none of label"),
         (f"<!-- check: rows rows.json ; a <- e 2 -->\n{EMPTY}", "no 'e'"),
+        ("<!-- check: record ; why -->\n\nno table\n", "no table stands below"),
         ("<!--= table.json#methods.spy.mean .2f -->1<!--/-->", "no methods.spy.mean"),
     ],
 )

@@ -40,14 +40,13 @@ def main() -> None:
     common = tomllib.loads((HERE / "compare.toml").read_text(encoding="utf-8"))
     compare = common.pop("compare")
     common["train"]["micro_batch"] = 1
-    out = {}
+    out = []
     for row in compare["methods"]:
         for label, changes in ways(row, compare["changes"][row]):
             request = measure.requested(config.parse(config.merge(common, changes)))
             found, foretold = measure.measured(request), measure.predicted(request)
-            out[label] = {"measured_mb": found.counted / 1e6, "predicted_mb": foretold.step / 1e6}
-            out[label]["passes"] = found.passes
-            print(label, out[label], flush=True)
+            out.append({"way": label, "measured": found.counted / 1e6, "predicted": foretold.step / 1e6})
+            print(out[-1], flush=True)
     (HERE / "memory.json").write_text(json.dumps(out, indent=1) + "\n", encoding="utf-8")
 
 
