@@ -19,6 +19,7 @@ from spryfl import config
 from spryfl.footprint import measure
 
 HERE = Path(__file__).parent
+REVERSE = ("top1", "top2", "top3", "backprop", "fedavg")
 PLAIN, CHECKPOINTED = {"kind": "backprop"}, {"kind": "backprop", "checkpoint": True}
 
 
@@ -28,7 +29,7 @@ def ways(row: str, changes: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any
         own = copy.deepcopy(changes)
         own["method"]["estimator"].update(chunk=1, checkpoint=row != "below0")
         yield row, own
-    elif row == "head":
+    elif row not in REVERSE:
         yield row, changes
     else:
         yield row, config.merge(changes, {"method": {"estimator": PLAIN}})
