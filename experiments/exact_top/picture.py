@@ -43,7 +43,7 @@ def main() -> None:
         curves.write(HERE / "table.json", curves.table(words))
     found = curves.read(HERE / "table.json")
     curves.write(HERE / "results.json", curves.results(found, least))
-    head = curves.read(HERE / "head.json")["chosen"]["test"]
+    head = curves.read(HERE.parent / "t1_sst2" / "head.json")["chosen"]["test"]
     points = [curves.Point(label, held[row], *rest) for row, (label, *rest) in POINTS.items()]
     curves.picture(found, points, head, 64, HERE / "curve.png", wide=(2, 15))
 
