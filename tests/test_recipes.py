@@ -387,7 +387,7 @@ def test_the_rows_on_the_page_are_the_rows_choices():
                 assert ("shared seeds" in gradient, "pool" in gradient) == tuple(
                     row.seeds["kind"] == one for one in ("shared", "pool")
                 )
-                plain = {"sgd": ("mean", "sum", "SGD"), "yogi": ("Yogi",), "adam": ("Adam",)}
+                plain = {"sgd": ("mean", "sum", "SGD"), "yogi": ("Yogi",), "adam": ("Adam",), "adamw": ("AdamW",)}
                 assert any(word in served for word in plain[row.server_optimizer["kind"]]), names
             assert local_.lower() == row.local_optimizer["kind"], names
 
