@@ -1,14 +1,23 @@
-"""Arithmetic on named tensors: mappings from name to tensor in and out, nothing moved in place."""
+"""Arithmetic on named tensors: mappings from name to tensor in and out, nothing moved in place. What a name tells."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from spryfl.types import Params
+
+BLOCK = re.compile(r"\.(\d+)(?=\.|$)")  # the first number in a name is that of the block it lies in
+
+
+def block(name: str) -> int:
+    """The number of the block that a value, a unit or a module lies in, by its name; -1 outside all blocks."""
+    found = BLOCK.search(name)
+    return int(found[1]) if found else -1
 
 
 def select(tree: Params, names: Iterable[str]) -> dict[str, Tensor]:

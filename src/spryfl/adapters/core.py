@@ -13,7 +13,6 @@ together should open one saved adapter.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -22,6 +21,8 @@ import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from spryfl import tree
 
 EXACT = 1024  # shortest side of a matrix above which the decomposition is randomised
 MORE, ROUNDS = 32, 8  # of the randomised one: vectors beyond r, power iterations
@@ -56,7 +57,7 @@ class Core(nn.Module):
 def put(module: nn.Module, std: float, layers: Collection[int] | None = None) -> None:
     """Makes the LoRAs of a model, or of some layers, LoRA-XS, R drawn from N(0, std^2) by PyTorch's generator."""
     for path, layer in _loras(module):
-        if layers is not None and number(path) not in layers:
+        if layers is not None and tree.block(path) not in layers:
             continue
         weight = _matrix(path, layer)
         r = layer.r[_ADAPTER]
@@ -84,12 +85,6 @@ def restore(module: nn.Module, cores: Mapping[str, Tensor]) -> None:
         if not torch.allclose(made.weight, second, rtol=1e-3, atol=1e-4 * float(second.detach().abs().max())):
             raise ValueError(f"{path} is no longer the LoRA-XS that was saved: it was trained on as a plain LoRA.")
         layer.lora_B[_ADAPTER] = made
-
-
-def number(path: str) -> int | None:
-    """The number of the layer that a module's path lies in: the first in it."""
-    found = re.search(r"\.(\d+)(?=\.|$)", path)
-    return int(found[1]) if found else None
 
 
 def leading(weight: Tensor, r: int) -> Tensor:

@@ -6,10 +6,10 @@ head of two maps, as RoBERTa has. `models.shapes(...)` makes them from a Hugging
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from spryfl.tree import block
 from spryfl.types import Unit
 
 
@@ -52,8 +52,7 @@ def size(units: Sequence[Unit]) -> int:
 
 def place(unit: Unit) -> int:
     """The number of the block that a unit of the trunk lies in, by its name; -1 before all blocks."""
-    number = re.search(r"\.(\d+)(?=\.|$)", unit.name)
-    return int(number[1]) if number else -1
+    return block(unit.name)
 
 
 def sides(shapes: Shapes, mine: Sequence[Unit], top: int) -> tuple[tuple[Unit, ...], tuple[Unit, ...]]:

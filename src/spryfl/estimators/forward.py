@@ -150,8 +150,7 @@ def _chunks(drawn: Params, chunk: int) -> list[dict[str, Tensor]]:
 def _features(cut: Cut, params: Params, drawn: Params) -> tuple[Features, Features]:
     if drawn:
         return jvp(cut.trunk, params, drawn)
-    features = cuts.answers(cut, params)
-    return features, tuple(torch.zeros((0, *value.shape), device=value.device) for value in features)
+    return cuts.answers(cut, params), ()
 
 
 def _contracted(deltas: tuple[Tensor | None, ...], tangents: Features) -> list[float]:

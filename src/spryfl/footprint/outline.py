@@ -7,7 +7,6 @@ with every further block of a kind. Cost: building the model without storage, 0.
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -25,9 +24,8 @@ from spryfl.costs import Shapes
 from spryfl.costs.shapes import place
 from spryfl.layout import layout_of
 from spryfl.tasks import Task
+from spryfl.tree import BLOCK, block
 from spryfl.types import Batch, Unit
-
-_HERE = re.compile(r"\.(\d+)(?=\.|$)")  # the number of the block that a name lies in, as costs.shapes.place reads it
 
 
 @dataclass(frozen=True)
@@ -233,8 +231,8 @@ def _shortened(config: Any, chosen: Sequence[int]) -> Any:
 
 def original(name: str, chosen: Sequence[int]) -> str:
     """A unit's or a value's name in the whole model, from that in a short form."""
-    number = _HERE.search(name)
-    return _HERE.sub(f".{chosen[int(number[1])]}", name, count=1) if number and int(number[1]) < len(chosen) else name
+    number = block(name)
+    return BLOCK.sub(f".{chosen[number]}", name, count=1) if 0 <= number < len(chosen) else name
 
 
 class Kind(NamedTuple):
@@ -248,7 +246,7 @@ class Kind(NamedTuple):
 
 def suffix(unit: Unit) -> str:
     """A unit's name without the number of its block."""
-    return _HERE.sub(".", unit.name, count=1)
+    return BLOCK.sub(".", unit.name, count=1)
 
 
 def kinds(of: Outline, mine: Sequence[Unit], top: int) -> list[Kind]:
