@@ -118,6 +118,28 @@ def test_freed_blocks_are_kept_or_given_back(told, given_back):
     assert freed > 38 * MB if given_back else freed < 10 * MB
 
 
+FAULTS = """
+import contextlib, resource, torch
+from spryfl.jvp.memory import again, return_freed
+return_freed()
+with {inside}:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(50):
+        torch.ones(1 << 20)  # 4 MB, freed at once
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@linux
+@pytest.mark.slow
+def test_a_loop_uses_the_pages_of_its_freed_block_again():
+    def faults(inside):
+        words = [sys.executable, "-c", FAULTS.format(inside=inside)]
+        return int(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+
+    assert faults("contextlib.nullcontext()") > 10 * faults("again(4 << 20)")
+
+
 # What a step holds.
 
 TRIED = ["spry", "fedavg", "fedavg_checkpointed", "fedmezo", "fedspzo"]

@@ -23,7 +23,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from spryfl.backbone.codec import Parts, codec_of
 from spryfl.jvp import rule_for
-from spryfl.jvp.memory import empty
+from spryfl.jvp.memory import again, empty
 
 CHUNK = 4 << 20  # bytes of decoded rows; what fits a cache and comes without page faults
 ROWS = 16  # chunks are multiples of it, so that each starts on a 64-byte line
@@ -51,6 +51,13 @@ class Matrix:
         parts = {name: part.to(device) for name, part in self.parts().items()}
         return lambda at: decode(parts, self.shape, at.start, at.stop)
 
+    def decoded(self, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
+        """Each range of rows and its values, float32; who lets one go before the next has one chunk in memory."""
+        decode = self.decoder(device)
+        with again(CHUNK):
+            for at in self.chunks():
+                yield at, decode(at)
+
     def whole(self, device: torch.device) -> Tensor:
         """The matrix, float32, in memory of its own: what the parts lie in may be another's after the next product."""
         if device.type == "meta":  # a model without storage, as it is planned with: nothing to decode
@@ -73,15 +80,13 @@ def products(xs: Sequence[Tensor], bias: Tensor | None, matrix: Matrix) -> list[
     rows, width = matrix.shape
     flat = [x.reshape(-1, width).float() for x in xs]
     ys = [empty((*x.shape[:-1], rows), torch.float32, x.device) for x in xs]
-    decode = matrix.decoder(xs[0].device)
-    for at in matrix.chunks():
-        chunk = decode(at).t()
+    for at, chunk in matrix.decoded(xs[0].device):
         for i, (x, y) in enumerate(zip(flat, ys, strict=True)):
             out = y.view(-1, rows)[:, at]
             if i or bias is None:
-                torch.mm(x, chunk, out=out)
+                torch.mm(x, chunk.t(), out=out)
             else:
-                torch.addmm(bias[at].float(), x, chunk, out=out)
+                torch.addmm(bias[at].float(), x, chunk.t(), out=out)
         del chunk  # before the next is decoded
     return [y.to(x.dtype) for x, y in zip(xs, ys, strict=True)]
 
@@ -91,9 +96,7 @@ def pulled(g: Tensor, matrix: Matrix) -> Tensor:
     rows, width = matrix.shape
     flat = g.reshape(-1, rows).float()
     total = flat.new_zeros(len(flat), width)
-    decode = matrix.decoder(g.device)
-    for at in matrix.chunks():
-        chunk = decode(at)
+    for at, chunk in matrix.decoded(g.device):
         total.addmm_(flat[:, at], chunk)
         del chunk
     return total.view(*g.shape[:-1], width).to(g.dtype)
