@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,13 +52,6 @@ class Matrix:
         parts = {name: part.to(device) for name, part in self.parts().items()}
         return lambda at: decode(parts, self.shape, at.start, at.stop)
 
-    def decoded(self, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
-        """Each range of rows and its values, float32; who lets one go before the next has one chunk in memory."""
-        decode = self.decoder(device)
-        with again(CHUNK):
-            for at in self.chunks():
-                yield at, decode(at)
-
     def whole(self, device: torch.device) -> Tensor:
         """The matrix, float32, in memory of its own: what the parts lie in may be another's after the next product."""
         if device.type == "meta":  # a model without storage, as it is planned with: nothing to decode
@@ -75,19 +69,26 @@ def multiply(x: Tensor, bias: Tensor | None, matrix: Matrix) -> Tensor:
     return _Product.apply(x, bias, matrix)
 
 
-def products(xs: Sequence[Tensor], bias: Tensor | None, matrix: Matrix) -> list[Tensor]:
-    """x W^T for each x, plus b for the first: each chunk of W decoded once for all."""
+def products(xs: Sequence[Tensor], bias: Tensor | None, matrix: Matrix, passing: bool) -> list[Tensor]:
+    """x W^T for each x, plus b for the first: each chunk of W decoded once for all.
+
+    `passing`: nobody keeps activations for a way back. Then chunks may use the same pages again; activations that stay
+    would fill up a part of every hole that this leaves (Llama2-7B, plain backprop: 0.8 GB).
+    """
     rows, width = matrix.shape
     flat = [x.reshape(-1, width).float() for x in xs]
     ys = [empty((*x.shape[:-1], rows), torch.float32, x.device) for x in xs]
-    for at, chunk in matrix.decoded(xs[0].device):
-        for i, (x, y) in enumerate(zip(flat, ys, strict=True)):
-            out = y.view(-1, rows)[:, at]
-            if i or bias is None:
-                torch.mm(x, chunk.t(), out=out)
-            else:
-                torch.addmm(bias[at].float(), x, chunk.t(), out=out)
-        del chunk  # before the next is decoded
+    decode = matrix.decoder(xs[0].device)
+    with again(CHUNK) if passing else nullcontext():
+        for at in matrix.chunks():
+            chunk = decode(at).t()
+            for i, (x, y) in enumerate(zip(flat, ys, strict=True)):
+                out = y.view(-1, rows)[:, at]
+                if i or bias is None:
+                    torch.mm(x, chunk, out=out)
+                else:
+                    torch.addmm(bias[at].float(), x, chunk, out=out)
+            del chunk  # before the next is decoded
     return [y.to(x.dtype) for x, y in zip(xs, ys, strict=True)]
 
 
@@ -96,7 +97,9 @@ def pulled(g: Tensor, matrix: Matrix) -> Tensor:
     rows, width = matrix.shape
     flat = g.reshape(-1, rows).float()
     total = flat.new_zeros(len(flat), width)
-    for at, chunk in matrix.decoded(g.device):
+    decode = matrix.decoder(g.device)
+    for at in matrix.chunks():
+        chunk = decode(at)
         total.addmm_(flat[:, at], chunk)
         del chunk
     return total.view(*g.shape[:-1], width).to(g.dtype)
@@ -108,7 +111,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, matrix: Matrix) -> Tensor:
         ctx.matrix = matrix
-        return products([x], bias, matrix)[0]
+        return products([x], bias, matrix, passing=not any(ctx.needs_input_grad))[0]
 
     @staticmethod
     @once_differentiable
@@ -122,7 +125,7 @@ def _multiply(op: Any, x: Tensor, bias: Tensor | None, matrix: Matrix) -> tuple[
     """Forward mode: all directions beside the value, so that W is decoded once."""
     dx = [args[0] for args, _ in op.directions if args[0] is not None]
     db = [args[1] for args, _ in op.directions if args[1] is not None]
-    y, *dy = products([x, *dx], bias, matrix)
+    y, *dy = products([x, *dx], bias, matrix, passing=True)
     if not dx:
         return y, [d.to(y.dtype).expand(y.shape).clone() for d in db]
     for t, d in zip(dy, db or [None] * len(dy), strict=True):
