@@ -268,7 +268,7 @@ glibc keeps freed blocks up to the size of the largest that was freed, among whi
 costs most, by reverse mode and in streamed steps, the package tells it to give blocks above 1 MB back at once. What it
 saves, GB: RoBERTa-Large 8 x 64 backprop 2.68 before and 2.39 after, checkpointed 2.25 and 1.91; 1 x 256 2.27 and 2.09,
 2.04 and 1.85; Qwen2.5-0.5B 8 x 64 3.60 and 3.37, 2.69 and 2.49. Forward mode keeps its freed blocks, for speed: that is
-most of its `beside`. Llama2-7B was measured before a streamed process did this.
+most of its `beside`.
 
 ## By part, MB, predicted / measured
 

@@ -6,6 +6,7 @@ Writes head.json, here or to `--out`. Cost: half a minute of one core, more with
 
     python experiments/t1_sst2/head.py --data ../shared/data/sst2
     python experiments/t1_sst2/head.py --data ../shared/data/sst2 --rows 22000 --out experiments/exact_top
+    python experiments/t1_sst2/head.py --data ../shared/data/ag_news --out experiments/exact_top/ag_news
 """
 
 import argparse
@@ -45,20 +46,27 @@ def features(texts: list[str], size: int = 64) -> Tensor:
 
 
 def fitted(rows: Tensor, labels: Tensor, decay: float) -> Callable[[Tensor], Tensor]:
-    """rows -> whether each is positive."""
+    """rows -> their classes: one logistic regression for two classes, else one a class against the rest."""
     middle, spread = rows.mean(0), rows.std(0) + 1e-6
-    scaled, truth = (rows - middle) / spread, labels.float()
-    weight, bias = torch.zeros(rows.shape[1], requires_grad=True), torch.zeros((), requires_grad=True)
+    classes = int(labels.max()) + 1
+    scaled, truth = (rows - middle) / spread, (labels.unsqueeze(1) if classes == 2 else F.one_hot(labels)).float()
+    weight = torch.zeros(rows.shape[1], truth.shape[1], requires_grad=True)
+    bias = torch.zeros(truth.shape[1], requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = F.binary_cross_entropy_with_logits(scaled @ weight + bias, truth) + decay * weight.square().sum()
+        misses = F.binary_cross_entropy_with_logits(scaled @ weight + bias, truth, reduction="none")
+        loss = misses.sum(1).mean() + decay * weight.square().sum()
         loss.backward()
         return loss
 
+    def classify(given: Tensor) -> Tensor:
+        scores = (given - middle) / spread @ weight.detach() + bias.detach()
+        return (scores > 0).long().squeeze(1) if classes == 2 else scores.argmax(1)
+
     optimizer.step(closure)
-    return lambda given: (given - middle) / spread @ weight.detach() + bias.detach() > 0
+    return classify
 
 
 def main() -> None:
