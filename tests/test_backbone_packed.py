@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import sys
@@ -289,3 +290,14 @@ def test_a_conv1d_is_packed_the_other_way_round():
     layer.bias.data = torch.randn(48)
     x = torch.randn(2, 3, 64)
     torch.testing.assert_close(pack(layer, "float32")(x), layer(x), rtol=1e-5, atol=1e-5)
+
+
+def test_chunks_use_their_pages_again_only_where_nobody_keeps_activations(monkeypatch):
+    told = []
+    monkeypatch.setattr(packed, "again", lambda nbytes: told.append(nbytes) or contextlib.nullcontext())
+    layer, x = pack(nn.Linear(64, 32), "8bit"), torch.ones(4, 64)
+    layer(x)
+    jvp(lambda p: layer(p["x"]), {"x": x}, {"x": x[None]})
+    assert told == [packed.CHUNK] * 2
+    layer(x.clone().requires_grad_()).sum().backward()
+    assert told == [packed.CHUNK] * 2
