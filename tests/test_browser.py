@@ -195,6 +195,7 @@ def test_lines_are_hidden_and_shown(opened, made):
 def test_numbers_as_a_table(opened, made):
     view = opened(made / "two.html")
     view.locator("#numbers-metric-0 summary").click()
+    view.locator("#numbers-metric-0 td").first.wait_for()  # the table is made when the browser says that it is open
     rows = [row.inner_text().split("\t") for row in view.locator("#numbers-metric-0 tr").all()]
     assert rows[0] == ["Rounds", "spry", "fedavg"]
     assert [row[0] for row in rows[1:]] == [str(i) for i in range(31) if i % 3 == 0 or (i % 2 == 0 and i <= 20)]

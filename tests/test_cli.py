@@ -48,6 +48,7 @@ class TestRun:
             "state",
             "adapter",
             "curves.png",
+            ".lock",
         }
         assert {path.name for path in (folder / "state").iterdir()} == {"newest.spryfl", "best.spryfl"}
         assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -368,6 +369,24 @@ class TestMistakes:
         words = ["--data", tmp_path / "a.csv", "--set", f"model.adapter={folder / 'adapter'}", "--out", tmp_path]
         code, _, err = spryfl("run", *flags, "--set", "data.test_rows=0", "--set", "data.train_rows=0", *words)
         self.check(code, err, "does not fit BertForSequenceClassification")
+
+    def test_a_folder_that_another_process_works_on(self, done, spryfl, tmp_path):
+        """Refused and untouched while that process lives; killed, it leaves nothing in the way."""
+        folder = tmp_path / "a"
+        shutil.copytree(done[0], folder)
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        hold = "from spryfl import journal; a = journal.claim(Path(sys.argv[1])); print('held', flush=True); input()"
+        words = [sys.executable, "-c", f"import sys; from pathlib import Path; {hold}", str(folder)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        with subprocess.Popen(words, **pipes) as other:
+            try:
+                assert other.stdout.readline() == "held\n"
+                code, _, err = spryfl("resume", folder)
+            finally:
+                other.kill()
+        self.check(code, err, f"another process works on the run folder {folder}")
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+        assert spryfl("resume", folder)[0] == 0
 
     @pytest.mark.parametrize("call", ["fsync", "replace"])
     def test_a_full_disk(self, call, flags, spryfl, tmp_path, monkeypatch):

@@ -228,7 +228,7 @@ def turns(comparison: Comparison, out: Path) -> Generator[Turn]:
                 yield Turn(seed, name.removesuffix(f"-seed{seed}"), record)
         except (KeyboardInterrupt, GeneratorExit):
             for run in running.values():
-                job.note(run.opened, state="cancelled")
+                job.stopped(run.opened)
             raise
 
 

@@ -282,7 +282,7 @@ def create(job: Job, folder: Path) -> Journal:
 
 def resume(job: Job, folder: Path) -> tuple[Journal, ServerState, Progress]:
     """The run in a folder, from its newest state; from the start if it was killed before the first."""
-    opened = journal.open_folder(folder)
+    opened = journal.claim(folder)
     begun = opened.state_file(journal.NEWEST).is_file()
     fresh = train.start(job.plan, job.model.params)
     state, progress = journal.load(opened) if begun else fresh
@@ -297,6 +297,7 @@ def run(
 ) -> Iterator[tuple[dict[str, Any], ServerState]]:
     """The rounds that are left, in this process or by `carry`; then the adapter is written, the run called complete."""
     if opened and not train.unfinished(job.plan, state, progress) and journal.facts_of(opened)["state"] == "complete":
+        journal.release(opened)
         return
     final, carry = state, carry or exchange(job, state)
     note(opened, state="running")
@@ -305,6 +306,7 @@ def run(
     if opened:
         export(job, server.served(final), opened.folder / "adapter")
         note(opened, state="complete", ended=provenance.now())
+        journal.release(opened)
 
 
 @contextlib.contextmanager
@@ -313,8 +315,17 @@ def cancelling(opened: Journal | None) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        note(opened, state="cancelled")
+        stopped(opened)
         raise
+
+
+def stopped(opened: Journal | None) -> None:
+    """A run that was not carried to its end: called so, and free for another process to go on with."""
+    if opened:
+        try:
+            note(opened, state="cancelled")
+        finally:
+            journal.release(opened)
 
 
 def export(job: Job, params: Params, folder: Path) -> None:

@@ -1,10 +1,11 @@
 """A run's folder: configuration, one record a round, newest and best state. Killed at any moment, it stays whole.
 
-    config.toml   run.json   records.jsonl   state/newest.spryfl   state/best.spryfl   adapter/   curves.png
+    config.toml   run.json   records.jsonl   state/newest.spryfl   state/best.spryfl   adapter/   curves.png   .lock
 
 A round is appended to the records first and saved as state second, each flushed to the disk; a state replaces the old
-one in one step. On resuming, records past the state are dropped: those rounds are run again, to the same bits. Cost: a
-write of the trainable values and their optimizer state a round.
+one in one step. On resuming, records past the state are dropped: those rounds are run again, to the same bits. One
+process at a time writes to a folder; the system undoes its lock when the process ends, however it ends. Cost: a write
+of the trainable values and their optimizer state a round.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
+
+from filelock import FileLock, Timeout
 
 from spryfl import wire
 from spryfl.types import ServerState
@@ -44,6 +47,7 @@ class Journal(NamedTuple):
     """A run folder."""
 
     folder: Path
+    lock: FileLock | None = None  # while this process may write to it
 
     @property
     def records_file(self) -> Path:
@@ -66,7 +70,31 @@ def create(folder: Path, config: str, facts: Mapping[str, Any]) -> Journal:
         write(beside / "config.toml", config.encode())
         describe(Journal(beside), facts)
         beside.rename(folder)
-    return Journal(folder)
+    return claim(folder)
+
+
+def claim(folder: Path) -> Journal:
+    """An existing run folder to write to, held until `release` or this process's end; a ValueError if another's.
+
+    A second claim in the same process is the first one again: a notebook goes on with what it has just interrupted.
+    """
+    opened = open_folder(folder)
+    with writing(folder):
+        lock = FileLock((folder / ".lock").resolve(), timeout=0, thread_local=False, is_singleton=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise ValueError(
+                f"another process works on the run folder {folder}, and nothing in it was touched. "
+                f"Wait for its end, or stop it and go on with: spryfl resume {folder}"
+            ) from None
+    return opened._replace(lock=lock)
+
+
+def release(journal: Journal) -> None:
+    """Lets another process write to the folder."""
+    if journal.lock:
+        journal.lock.release(force=True)
 
 
 def open_folder(folder: Path) -> Journal:
