@@ -88,7 +88,6 @@ def real(family, layers, method, mine, micro_batch=0, precision="", adapter=None
     fixed = tree.without(made.params, names)
     loss = ModelLoss(made.module, head, fixed, task=TASK, micro_batch=micro_batch)
     batch = sample(TASK, made.module.config, ROWS, TOKENS)
-    noise.forget()
     with peak_memory() as count:
         step(choices.build(method), loss, tree.select(made.params, names), batch)
     return count(), prefix_bytes(loss)

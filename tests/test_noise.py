@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spryfl import noise
+from spryfl.costs import peak_memory
 from spryfl.types import Directional
 
 
@@ -49,7 +50,7 @@ def test_philox_equals_its_definition_in_plain_integers(numbers):
 
 
 def test_normals_are_box_muller_of_the_words():
-    word = noise.words([5], (("name", 2),)).flatten().tolist()
+    word = noise.words([5], (("name", 0, 2),)).flatten().tolist()
     u = [((a >> 5) * 2**26 + (b >> 6)) for a, b in zip(word[::2], word[1::2], strict=True)]
     radius = math.sqrt(-2 * math.log((u[0] + 1) / 2**53))
     expected = [radius * math.cos(2 * math.pi * u[1] / 2**53), radius * math.sin(2 * math.pi * u[1] / 2**53)]
@@ -145,6 +146,29 @@ def test_a_name_draws_the_same_whatever_else_is_drawn(distribution):
     alone = noise.direction(9, {"b": torch.zeros(6)}, distribution)["b"]
     beside = noise.direction(9, {"z": torch.zeros(3), "b": torch.zeros(6), "a": torch.zeros(2)}, distribution)["b"]
     assert torch.equal(alone, beside)
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("tile", [1, 5, 64])
+def test_tiles_change_no_value(tile, distribution, monkeypatch):
+    like = {"a": torch.zeros(3), "none": torch.zeros(0), "b": torch.zeros(29, 7), "c": torch.zeros(8)}
+    whole = noise.stack([1, 2, 3], like, distribution)
+    monkeypatch.setattr(noise, "TILE", tile)
+    cut = noise.stack([1, 2, 3], like, distribution)
+    assert all(torch.equal(cut[name], whole[name]) for name in like)
+    assert cut["none"].shape == (3, 0)
+
+
+def test_large_directions_hold_little_beside_themselves():
+    """63 bytes a value and direction without tiles, all directions of a step without parts."""
+    like, tile = {"a": torch.zeros(700_000)}, 3_500_000
+    terms = [Directional(k, 0.5, ("a",), "gaussian") for k in range(12)]
+    with peak_memory() as drawn:
+        noise.stack([1, 2], like)
+    assert drawn() < 2 * 4 * 700_000 + tile
+    with peak_memory() as expanded:
+        noise.expand(terms, like)
+    assert expanded() < 4 * 4 * 700_000 + tile
 
 
 def test_names_and_seeds_draw_differently():

@@ -5,7 +5,8 @@
     signs     one bit of each word
 
 No generator is read or moved. A client that holds some units and a server that holds all draw the same numbers, on
-any device, in any order. All names and seeds of a call share one pass. Cost: about 0.1 microseconds a value.
+any device, in any order. Many small names share a pass; a large one is drawn in tiles that stay in a core's cache.
+Cost: about 0.04 microseconds a value, and 3 MB beside the values, however many.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import hashlib
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -25,6 +27,10 @@ from spryfl.types import Directional, Params
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
+
+Tile = tuple[tuple[str, int, int], ...]  # (name, its first block of four words, how many)
+TILE = 1 << 14  # blocks at once, of all seeds: three times as fast as all of a million at once
+SOME: ContextVar[int | None] = ContextVar("SOME", default=None)  # tiles of a call that are drawn; for the planner
 
 
 def child_seed(seed: int, *facts: int | str) -> int:
@@ -61,21 +67,21 @@ def philox(counter: Sequence[Tensor], key: Sequence[Tensor | int]) -> tuple[Tens
     return a, b, c, d
 
 
-@functools.lru_cache(maxsize=16)
-def _counters(blocks: tuple[tuple[str, int], ...]) -> tuple[Tensor, ...]:
-    """The counters of some names, one after the other: (index low, index high, tag low, tag high), each (total,)."""
-    index = torch.cat([torch.arange(count, dtype=torch.int64) for _, count in blocks])
-    tags = [int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") for name, _ in blocks]
-    counts, total = torch.tensor([count for _, count in blocks]), len(index)
+def _counters(tile: Tile) -> tuple[Tensor, ...]:
+    """The counters of a tile's n blocks, one after the other: (index low, index high, tag low, tag high), each (n,)."""
+    index = torch.cat([torch.arange(first, first + count) for _, first, count in tile])
+    counts, tags = torch.tensor([count for *_, count in tile]), [_tag(name) for name, *_ in tile]
     low, high = (
-        torch.tensor([word(t) for t in tags]).repeat_interleave(counts, output_size=total) for word in (_low, _high)
+        torch.tensor([word(tag) for tag in tags]).repeat_interleave(counts, output_size=len(index))
+        for word in (_low, _high)
     )
     return index & _MASK, index >> 32, low, high
 
 
-def forget() -> None:
-    """Lets go of the counters that are kept between calls."""
-    _counters.cache_clear()
+@functools.cache
+def _tag(name: str) -> int:
+    """64 bits of a name."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
 def _low(word: int) -> int:
@@ -86,15 +92,15 @@ def _high(word: int) -> int:
     return (word >> 32) & _MASK
 
 
-def words(seeds: Sequence[int], blocks: tuple[tuple[str, int], ...]) -> Tensor:
-    """Random 32-bit words for each seed and name, int64, (seeds, total blocks, 4), on the CPU.
+def words(seeds: Sequence[int], tile: Tile) -> Tensor:
+    """Random 32-bit words for each seed and block, int64, (seeds, blocks of the tile, 4), on the CPU.
 
     Args:
         seeds: the keys.
-        blocks: (name, how many blocks of four words) for each name; the names follow each other along dimension 1.
+        tile: (name, its first block, how many) for each name; they follow each other along dimension 1.
     """
     key = [torch.tensor([[word(seed)] for seed in seeds]) for word in (_low, _high)]
-    return torch.stack(philox(_counters(blocks), key), dim=-1)
+    return torch.stack(philox(_counters(tile), key), dim=-1)
 
 
 def _normals(word: Tensor) -> Tensor:
@@ -112,13 +118,32 @@ def _signs(word: Tensor) -> Tensor:
 
 
 def _drawn(seeds: Sequence[int], like: Params, make: Callable[[Tensor], Tensor], each: int) -> dict[str, Tensor]:
-    """Values for every seed and name, all names and seeds in one pass; `each` values come from a block."""
-    blocks = tuple((name, -(-value.numel() // each)) for name, value in like.items())
-    values, out, start = make(words(seeds, blocks)), {}, 0
-    for name, count in blocks:
-        own = values[:, start : start + count].flatten(1)[:, : like[name].numel()]
-        out[name], start = own.reshape(len(seeds), *like[name].shape), start + count
-    return out
+    """Values for every seed and name, a tile of names and seeds at a time; `each` values come from a block."""
+    out = {name: torch.empty(len(seeds), value.numel()) for name, value in like.items()}
+    counts = {name: -(-value.numel() // each) for name, value in like.items()}
+    for tile in itertools.islice(_tiles(counts, max(1, TILE // max(len(seeds), 1))), SOME.get()):
+        values, start = make(words(seeds, tile)), 0
+        for name, first, count in tile:
+            own = out[name][:, first * each : (first + count) * each]
+            own.copy_(values[:, start : start + count].flatten(1)[:, : own.shape[1]])
+            start += count
+    return {name: value.reshape(len(seeds), *like[name].shape) for name, value in out.items()}
+
+
+def _tiles(counts: Mapping[str, int], most: int) -> Iterator[Tile]:
+    """All blocks of all names in order, `most` at a time: small names share a tile, large ones are cut."""
+    tile: list[tuple[str, int, int]] = []
+    room = most
+    for name, left in counts.items():
+        while left:
+            here = min(room, left)
+            tile.append((name, counts[name] - left, here))
+            left, room = left - here, room - here
+            if not room:
+                yield tuple(tile)
+                tile, room = [], most
+    if tile:
+        yield tuple(tile)
 
 
 def _gaussian(seeds: Sequence[int], like: Params) -> dict[str, Tensor]:
@@ -267,7 +292,8 @@ def expand(terms: Iterable[Directional], like: Params) -> dict[str, Tensor]:
     """The gradient that seeded terms stand for: sum_k coefficient_k * direction(seed_k), summed in the order given.
 
     Call it once a step, with all of the step's terms as the estimator made them: terms of one block and distribution
-    that follow each other are drawn together, and orthogonal directions are so among those drawn together.
+    that follow each other belong together, and orthogonal directions are so among those. Memory: four
+    times the sum where directions are large, however many.
 
     Args:
         terms: of one step's estimate.
@@ -278,10 +304,16 @@ def expand(terms: Iterable[Directional], like: Params) -> dict[str, Tensor]:
     """
     total: dict[str, Tensor] = {}
     for (block, distribution), group in itertools.groupby(terms, key=lambda t: (t.block, t.distribution)):
-        own = list(group)
-        drawn = stack([term.seed for term in own], {name: like[name] for name in block}, distribution)
-        for name, values in drawn.items():
-            for term, value in zip(own, values, strict=True):
-                step = value.to(like[name].dtype) * term.coefficient
-                total[name] = total[name] + step if name in total else step
+        own, inside = list(group), {name: like[name] for name in block}
+        for part in _parts(own, distribution, sum(value.numel() for value in inside.values())):
+            for name, values in stack([term.seed for term in part], inside, distribution).items():
+                for term, value in zip(part, values, strict=True):
+                    step = value.to(like[name].dtype) * term.coefficient
+                    total[name] = total[name].add_(step) if name in total else step
     return total
+
+
+def _parts(own: list[Directional], distribution: str, size: int) -> Iterator[list[Directional]]:
+    """Terms whose directions are drawn together: all of a joint law, of others as many as a tile has values."""
+    most = len(own) if distribution in JOINT else max(1, 2 * TILE // max(size, 1))
+    yield from (own[i : i + most] for i in range(0, len(own), most))

@@ -223,18 +223,15 @@ def _listed(value: Any) -> Any:
 def phantoms() -> Iterator[Phantoms]:
     """Runs what is inside on phantoms: `with phantoms() as made: ...; made.peaks`.
 
-    What the package keeps between calls (the counters of the noise) is thrown away before and after: a phantom must
-    not be met outside, and a fresh process has none. Of attention's pieces, each as large as the next and gone before
-    it, one is run.
+    Of attention's pieces and of the noise's tiles, each as large as the next and gone before it, one is run.
     """
-    noise.forget()
-    token = attention.SOME.set(SOME)
+    tokens = [(some, some.set(SOME)) for some in (attention.SOME, noise.SOME)]
     try:
         with Phantoms() as made:
             yield made
     finally:
-        attention.SOME.reset(token)
-        noise.forget()
+        for some, token in tokens:
+            some.reset(token)
 
 
 def fill(module: nn.Module, made: Phantoms) -> None:
