@@ -30,6 +30,7 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 Tile = tuple[tuple[str, int, int], ...]  # (name, its first block of four words, how many)
 TILE = 1 << 14  # blocks at once, of all seeds: three times as fast as all of a million at once
+SMALL = 1 << 18  # values of all directions that are made at once where they are only summed
 SOME: ContextVar[int | None] = ContextVar("SOME", default=None)  # tiles of a call that are drawn; for the planner
 
 
@@ -122,12 +123,17 @@ def _drawn(seeds: Sequence[int], like: Params, make: Callable[[Tensor], Tensor],
     out = {name: torch.empty(len(seeds), value.numel()) for name, value in like.items()}
     counts = {name: -(-value.numel() // each) for name, value in like.items()}
     for tile in itertools.islice(_tiles(counts, max(1, TILE // max(len(seeds), 1))), SOME.get()):
-        values, start = make(words(seeds, tile)), 0
-        for name, first, count in tile:
-            own = out[name][:, first * each : (first + count) * each]
-            own.copy_(values[:, start : start + count].flatten(1)[:, : own.shape[1]])
-            start += count
+        _fill(out, tile, make(words(seeds, tile)), each)
     return {name: value.reshape(len(seeds), *like[name].shape) for name, value in out.items()}
+
+
+def _fill(out: dict[str, Tensor], tile: Tile, values: Tensor, each: int) -> None:
+    """Puts a tile's values in their places; those past a name's end are dropped."""
+    start = 0
+    for name, first, count in tile:
+        own = out[name][:, first * each : (first + count) * each]
+        own.copy_(values[:, start : start + count].flatten(1)[:, : own.shape[1]])
+        start += count
 
 
 def _tiles(counts: Mapping[str, int], most: int) -> Iterator[Tile]:
@@ -292,8 +298,8 @@ def expand(terms: Iterable[Directional], like: Params) -> dict[str, Tensor]:
     """The gradient that seeded terms stand for: sum_k coefficient_k * direction(seed_k), summed in the order given.
 
     Call it once a step, with all of the step's terms as the estimator made them: terms of one block and distribution
-    that follow each other belong together, and orthogonal directions are so among those. Memory: four
-    times the sum where directions are large, however many.
+    that follow each other belong together, and orthogonal directions are so among those. Memory: up to
+    four times the sum and 4 MB, however many they are.
 
     Args:
         terms: of one step's estimate.
@@ -314,6 +320,6 @@ def expand(terms: Iterable[Directional], like: Params) -> dict[str, Tensor]:
 
 
 def _parts(own: list[Directional], distribution: str, size: int) -> Iterator[list[Directional]]:
-    """Terms whose directions are drawn together: all of a joint law, of others as many as a tile has values."""
-    most = len(own) if distribution in JOINT else max(1, 2 * TILE // max(size, 1))
-    yield from (own[i : i + most] for i in range(0, len(own), most))
+    """Terms whose directions are drawn together, which is fast: all of a joint law, and small ones; else one by one."""
+    together = distribution in JOINT or len(own) * size <= SMALL
+    yield from [own] if together else ([term] for term in own)
