@@ -10,6 +10,7 @@ import torch
 from toy import Toy, problem, true_gradient
 
 from spryfl import noise, tree
+from spryfl.costs import peak_memory
 from spryfl.estimators import ESTIMATORS, backprop, central_difference, forward, forward_difference, two_block
 from spryfl.estimators.terms import guarded
 from spryfl.estimators.twoblock import dealt
@@ -391,6 +392,20 @@ def test_chunks_change_nothing_but_the_passes(exact):
     whole, parts = (forward(directions=8, chunk=c, **exact)(Toy(), params, batch, 0) for c in (0, 3))
     assert [t.coefficient for t in parts.terms] == pytest.approx([t.coefficient for t in whole.terms], rel=1e-6)
     assert [t.seed for t in parts.terms] == [t.seed for t in whole.terms]
+
+
+class Wide(Toy):
+    """A loss of many values that nothing but the directions are as large as."""
+
+    def __call__(self, params, batch, seed=0):
+        return (params["w"] * 1e-3).sum()
+
+
+def test_a_chunk_holds_its_own_directions_alone():
+    params, (_, batch) = {"w": torch.zeros(400_000)}, problem()
+    with peak_memory() as held:
+        forward(directions=12, chunk=1)(Wide(), params, batch, 0)
+    assert held() < 6 * params["w"].nbytes + 3.5e6  # twelve directions are twelve times its bytes
 
 
 # Guards and guided choice.

@@ -5,7 +5,7 @@
 Unbiased, with E|g_hat - g|^2 = ((d+1)/K) |g|^2 for Gaussian v of d values (d-1 for signs and sphere, d-K for orthogonal
 ones). Spry, Panchal et al. 2024 (arXiv 2405.15551); Baydin et al. 2022 (arXiv 2202.08587). Cost: one value pass and K
 tangent passes, which only need what lies at or after the first perturbed value; memory: a layer's values and tangents
-of one piece of the batch, and K directions.
+of one piece of the batch, and K directions, of both what a chunk has.
 
 Exact top, b blocks: the network is cut below its last b blocks, 0 before the head. Reverse mode above the cut gives the
 gradient there and delta = d loss / d h; the rest follows from the tangents at the cut, c_k = <delta, dh_k>. The same
@@ -22,6 +22,7 @@ The mix of evolutionary strategies by Maheswaranathan et al. 2019 (arXiv 1806.10
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -50,7 +51,8 @@ def forward(
     Args:
         directions: K, the number of directions a batch.
         distribution: gaussian, rademacher, sphere, orthogonal or basis.
-        chunk: directions at once, 0 for all: memory for `chunk` tangents, and another value pass (below a cut) a chunk.
+        chunk: directions at once, 0 for all: memory for `chunk` directions (all of them where they are joint or guided)
+            and their tangents, and another value pass (below a cut) a chunk.
         candidates: directions drawn for each one kept, those nearest to the last aggregated gradient; 1 for no choice.
         clip: largest size of a directional derivative; 0 for none.
         exact_top: how many of the last blocks, and the head with them, have their gradient by reverse mode; -1 for all.
@@ -75,17 +77,15 @@ def forward(
         heading = terms.heading(loss_fn.guide, inside) if guided else {}
         count = directions if inside else 0
         seeds = terms.chosen(seed, count - bool(heading), inside, distribution, candidates, loss_fn.guide)
-        random = noise.stack(seeds, inside, distribution) if seeds else {}
-        drawn = terms.beside(heading, random)
+        drawn = _Directions(seeds, inside, distribution, chunk, heading)
 
         def linear(piece: Piece) -> _Slopes:
             if at:
-                return _through_cut(at[piece.number], params, above, drawn, chunk)
-            loss, slopes = jvp(lambda p: loss_fn(p, piece.batch, piece.seed), params, drawn, chunk=chunk or None)
-            return _Slopes(float(loss), slopes.tolist(), {})
+                return _through_cut(at[piece.number], params, above, drawn)
+            return _straight(lambda p: loss_fn(p, piece.batch, piece.seed), params, drawn)
 
         loss, slopes, dense = summed(pieces, linear)
-        onto = terms.onto(heading, random)
+        onto = drawn.onto
         kept = terms.guarded(terms.apart(slopes, onto), clip)
         made = terms.made(seeds, kept.mean(), tuple(inside), distribution)
         runs = -(-count // chunk) if chunk and count else 1
@@ -125,26 +125,50 @@ def _passes(share: float, runs: int, tangents: int, checkpoint: bool) -> Passes:
     return Passes() + Passes(runs * (1 - share) + above, tangents * (1 - share), share)
 
 
-def _through_cut(cut: Cut, params: Params, above: Params, drawn: Params, chunk: int) -> _Slopes:
+class _Directions:
+    """The directions of a step, in parts of at most `chunk`, 0 for all; one empty part where there are none.
+
+    Parts are drawn when they are asked for, and once more for each piece of the batch, so that one part is held; all
+    parts are held where a law or a guide ties them to each other, or where there is one.
+    """
+
+    def __init__(self, seeds: list[int], like: Params, distribution: str, chunk: int, heading: Params) -> None:
+        self.seeds, self.like, self.distribution = seeds, like, distribution
+        self.size = chunk or len(seeds) + bool(heading) or 1
+        apart = len(seeds) > self.size and distribution not in noise.JOINT and not heading
+        random = noise.stack(seeds, like, distribution) if seeds and not apart else {}
+        self.onto = terms.onto(heading, random)
+        self.held = None if apart else terms.beside(heading, random)
+
+    def __iter__(self) -> Iterator[Params]:
+        if self.held is None:
+            for i in range(0, len(self.seeds), self.size):
+                yield noise.stack(self.seeds[i : i + self.size], self.like, self.distribution)
+            return
+        count = next((len(value) for value in self.held.values()), 0)
+        for i in range(0, max(count, 1), self.size):
+            yield {name: value[i : i + self.size] for name, value in self.held.items()}
+
+
+def _straight(loss_fn: Callable[[Params], Tensor], params: Params, drawn: _Directions) -> _Slopes:
+    """The loss and its slope along each direction, without a cut."""
+    found = [jvp(loss_fn, params, part) for part in drawn]
+    return _Slopes(float(found[0][0]), [slope for _, slopes in found for slope in slopes.tolist()], {})
+
+
+def _through_cut(cut: Cut, params: Params, above: Params, drawn: _Directions) -> _Slopes:
     """The loss, c_k = <delta, d features_k> for each direction, and the exact gradient above.
 
-    No chunk's tangents outlive it: the first one's until delta is known, the others' until they are contracted.
+    No part's tangents outlive it: the first one's until delta is known, the others' until they are contracted.
     """
-    first, *rest = _chunks(drawn, chunk)
-    features, tangents = _features(cut, params, first)
+    parts = iter(drawn)
+    features, tangents = _features(cut, params, next(parts))
     exact = cuts.reverse(cut, params, above, features)
-    slopes = _contracted(exact.deltas, tangents) if drawn else []
+    slopes = _contracted(exact.deltas, tangents) if tangents else []
     del features, tangents
-    for part in rest:
+    for part in parts:
         slopes += _contracted(exact.deltas, jvp(cut.trunk, params, part)[1])
     return _Slopes(float(exact.loss), slopes, exact.dense)
-
-
-def _chunks(drawn: Params, chunk: int) -> list[dict[str, Tensor]]:
-    """The directions in parts of at most `chunk`, 0 for all; one empty part where there are none."""
-    count = next((len(value) for value in drawn.values()), 0)
-    size = chunk or count or 1
-    return [{name: value[i : i + size] for name, value in drawn.items()} for i in range(0, max(count, 1), size)]
 
 
 def _features(cut: Cut, params: Params, drawn: Params) -> tuple[Features, Features]:
