@@ -159,6 +159,15 @@ def test_tiles_change_no_value(tile, distribution, monkeypatch):
     assert cut["none"].shape == (3, 0)
 
 
+def test_values_are_float32_whatever_torch_makes_by_default():
+    torch.set_default_dtype(torch.float64)
+    try:
+        made = noise.direction(7, {"w": torch.zeros(5)})["w"]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert made.dtype is torch.float32
+
+
 def test_large_directions_hold_little_beside_themselves():
     """63 bytes a value and direction without tiles, all directions of a step without parts."""
     like, tile = {"a": torch.zeros(700_000)}, 3_500_000

@@ -120,7 +120,7 @@ def _signs(word: Tensor) -> Tensor:
 
 def _drawn(seeds: Sequence[int], like: Params, make: Callable[[Tensor], Tensor], each: int) -> dict[str, Tensor]:
     """Values for every seed and name, a tile of names and seeds at a time; `each` values come from a block."""
-    out = {name: torch.empty(len(seeds), value.numel()) for name, value in like.items()}
+    out = {name: torch.empty(len(seeds), value.numel(), dtype=torch.float32) for name, value in like.items()}
     counts = {name: -(-value.numel() // each) for name, value in like.items()}
     for tile in itertools.islice(_tiles(counts, max(1, TILE // max(len(seeds), 1))), SOME.get()):
         _fill(out, tile, make(words(seeds, tile)), each)

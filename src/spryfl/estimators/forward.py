@@ -128,8 +128,8 @@ def _passes(share: float, runs: int, tangents: int, checkpoint: bool) -> Passes:
 class _Directions:
     """The directions of a step, in parts of at most `chunk`, 0 for all; one empty part where there are none.
 
-    Parts are drawn when they are asked for, and once more for each piece of the batch, so that one part is held; all
-    parts are held where a law or a guide ties them to each other, or where there is one.
+    Several parts are drawn as they are asked for, once more for each piece of the batch, so that one is held. All are
+    held where a law or a guide ties them to each other.
     """
 
     def __init__(self, seeds: list[int], like: Params, distribution: str, chunk: int, heading: Params) -> None:
