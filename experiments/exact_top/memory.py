@@ -19,7 +19,7 @@ from spryfl import config
 from spryfl.footprint import measure
 
 HERE = Path(__file__).parent
-REVERSE = ("top1", "top2", "top3", "backprop", "fedavg")
+REVERSE = ("top1", "top2", "top3", "top4", "backprop", "fedavg")
 PLAIN, CHECKPOINTED = {"kind": "backprop"}, {"kind": "backprop", "checkpoint": True}
 
 

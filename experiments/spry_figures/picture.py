@@ -44,6 +44,15 @@ FIGURES = {
     "heads": ("split_k100", "shared_head", "split_head"),
     "adapters": tuple(VALUES),
     "steps": ("backprop", "steps_backprop", "split_k100", "steps_split_k100", "steps_k100"),
+    "servers": (
+        *("head", "yogi_head", "k1", "yogi_k1", "k10", "faster", "yogi", "momentum", "k100", "yogi_k100"),
+        *("backprop", "yogi_backprop"),
+    ),
+    "levers": (
+        *("k10", "signs", "sphere", "orthogonal", "guided", "guided_long", "nearest", "cut", "growth"),
+        *("constant", "warmup", "average"),
+    ),
+    "few": ("xs4_k100", "xs4_orthogonal", "xs4_exact", "xs8_k100", "xs8_orthogonal", "xs8_exact"),
 }
 
 

@@ -17,9 +17,16 @@ from spryfl.estimators import ESTIMATORS, backprop, cuts, terms
 from spryfl.types import Batch, Estimate, Estimator, LossFn, Params, Passes
 
 
-def projected(directions: int = 1, distribution: str = "gaussian", exact_head: bool = False) -> Estimator:
+def projected(
+    directions: int = 1,
+    distribution: str = "gaussian",
+    candidates: int = 1,
+    clip: float = 0.0,
+    guided: bool = False,
+    exact_head: bool = False,
+) -> Estimator:
     """As `forward` with these options, from the gradient by reverse mode."""
-    terms.check(directions, distribution, clip=0.0)
+    terms.check(directions, distribution, clip, candidates)
     exact = backprop()
 
     def estimate(loss_fn: LossFn, params: Params, batch: Batch, seed: int) -> Estimate:
@@ -28,12 +35,17 @@ def projected(directions: int = 1, distribution: str = "gaussian", exact_head: b
             (piece,) = loss_fn.pieces(batch, seed)
             inside, above = cuts.split(loss_fn.cut(piece.batch, piece.seed, 0, False), params)
         found = exact(loss_fn, params, batch, seed)
-        seeds = [noise.child_seed(seed, "direction", k) for k in range(directions if inside else 0)]
-        drawn = noise.stack(seeds, inside, distribution) if seeds else {}
-        slopes = sum((v.flatten(1) @ found.dense[name].flatten() for name, v in drawn.items()), torch.zeros(len(seeds)))
-        made = terms.made(seeds, (slopes / max(len(seeds), 1)).tolist(), tuple(inside), distribution)
-        dense = {name: found.dense[name] for name in above}
-        return Estimate(found.loss, dense, made, Passes(value=1, tangent=len(seeds)))
+        heading = terms.heading(loss_fn.guide, inside) if guided else {}
+        count = directions if inside else 0
+        seeds = terms.chosen(seed, count - bool(heading), inside, distribution, candidates, loss_fn.guide)
+        random = noise.stack(seeds, inside, distribution) if seeds else {}
+        drawn, onto = terms.beside(heading, random), terms.onto(heading, random)
+        parts = [value.flatten(1) @ found.dense[name].flatten() for name, value in drawn.items()]
+        slopes = torch.stack(parts).sum(0).tolist() if parts else []
+        kept = terms.guarded(terms.apart(slopes, onto), clip)
+        made = terms.made(seeds, kept.mean(), tuple(inside), distribution)
+        dense = {name: found.dense[name] for name in above} | terms.along_heading(heading, slopes, onto, kept)
+        return Estimate(found.loss, dense, made, Passes(value=1, tangent=count), kept.scalars)
 
     return estimate
 
