@@ -2,8 +2,8 @@
 
     python experiments/tasks/collect.py runs/tasks/*/*-seed*
 
-Constant: one class for all rows, or no answer to any question, whichever scores best on the test rows. Cost: the model is
-loaded for its tokenizer, and the test rows become tokens once more; some seconds a run.
+Constant: one class for all rows, or no answer to any question, whichever scores best on the test rows. Cost: the model
+is loaded for its tokenizer, and the test rows become tokens once more; some seconds a run.
 """
 
 import json
@@ -31,11 +31,9 @@ def line(folder: Path) -> dict[str, Any]:
     scored = report.scored(run)
     corpus = job.read(experiment)
     truths = job.encode(experiment, corpus, job.load_model(experiment, corpus.labels))[1].labels
-    given = (
-        Span(0, 0, 0, 0.0, 1.0),
-        *([float(i == c) for i in range(len(corpus.labels))] for c in range(len(corpus.labels))),
-    )
-    fits = given[:1] if experiment.task["kind"] == "question_answering" else given[1:]
+    classes = range(len(corpus.labels))
+    alike = [[float(i == c) for i in classes] for c in classes]
+    fits = [Span(0, 0, 0, 0.0, 1.0)] if experiment.task["kind"] == "question_answering" else alike
     best = max((task.score([one] * len(truths), truths) for one in fits), key=lambda score: score[task.metric])
     label, _, seed = folder.name.rpartition("-seed")
     return {
