@@ -48,11 +48,8 @@ FIGURES = {
         *("head", "yogi_head", "k1", "yogi_k1", "k10", "faster", "yogi", "momentum", "k100", "yogi_k100"),
         *("backprop", "yogi_backprop"),
     ),
-    "levers": (
-        *("k10", "signs", "sphere", "orthogonal", "guided", "guided_long", "nearest", "cut", "growth"),
-        *("constant", "warmup", "average"),
-    ),
-    "few": ("xs4_k100", "xs4_orthogonal", "xs4_exact", "xs8_k100", "xs8_orthogonal", "xs8_exact"),
+    "levers": ("k10", "signs", "orthogonal", "guided", "guided_long", "growth", "constant", "average"),
+    "few": ("xs4_k100", "xs4_orthogonal", "xs4_exact", "xs8_k100", "xs8_exact"),
 }
 
 

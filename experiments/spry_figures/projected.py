@@ -40,7 +40,7 @@ def projected(
         seeds = terms.chosen(seed, count - bool(heading), inside, distribution, candidates, loss_fn.guide)
         random = noise.stack(seeds, inside, distribution) if seeds else {}
         drawn, onto = terms.beside(heading, random), terms.onto(heading, random)
-        parts = [value.flatten(1) @ found.dense[name].flatten() for name, value in drawn.items()]
+        parts = [value.flatten(1) @ found.dense[name].flatten().to(value) for name, value in drawn.items()]
         slopes = torch.stack(parts).sum(0).tolist() if parts else []
         kept = terms.guarded(terms.apart(slopes, onto), clip)
         made = terms.made(seeds, kept.mean(), tuple(inside), distribution)
