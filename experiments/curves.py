@@ -4,12 +4,17 @@
     results    a line a label: means, each seed's accuracy, passes, bytes, memory
     picture    a point a label, with the range over its seeds
 
-The scripts of experiments/ share it. A run folder is LABEL-seedSEED, as `spryfl compare` names it. Reads records alone.
+The scripts of experiments/ share it; alone it writes the lines where a page needs no more:
+
+    python experiments/curves.py experiments/quickstart/results.json runs/quickstart/*-seed*
+
+A run folder is LABEL-seedSEED, as `spryfl compare` names it. Reads records alone.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import mean
@@ -76,6 +81,7 @@ def results(found: Mapping[str, Seeds], held: Mapping[str, float]) -> list[dict[
             "loss": mean(one["test_loss"]),
             "passes": mean(one["value_passes"]) + mean(one["tangent_passes"]) + mean(one["backward_passes"]),
             "up": mean(one["mb_up"]),
+            "peak": mean(one["peak_mb"]),
             "seconds": mean(one["seconds"]),
             "held": f"{held[label]:.1f}" if label in held else "",
         }
@@ -122,3 +128,7 @@ def picture(
     axes.set_ylabel("accuracy on 872 test rows")
     axes.margins(y=0.12)
     figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]), results(table(sys.argv[2:]), {}))
