@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 
 
 def main() -> None:
-    """Both runs, and how far apart they end, beside how far they went."""
+    """All three, and how far apart they end, beside how far they went."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", required=True)
     parser.add_argument("--out", type=Path, required=True)
@@ -43,15 +43,20 @@ def main() -> None:
         start = time.process_time()
         ends[name] = finetune(config.parse(config.merge(config.merge(base, small), more)))
         seconds[name] = time.process_time() - start
+    exact = ends["backprop"].params
     found = {
         "rounds": asked.rounds,
-        "apart_from_backprop": {
-            name: tree.norm(tree.subtract(end.params, ends["backprop"].params)) for name, end in ends.items()
-        },
-        "moved": tree.norm(tree.subtract(ends["backprop"].params, ends["backprop"].model.params)),
-        "test_loss": {name: end.records[-1]["test_loss"] for name, end in ends.items()},
+        "moved": tree.norm(tree.subtract(exact, ends["backprop"].model.params)),
         "start_loss": ends["forward"].records[0]["test_loss"],
-        "processor_seconds": seconds,
+        "rows": [
+            {
+                "way": name,
+                "apart_from_backprop": tree.norm(tree.subtract(end.params, exact)),
+                "test_loss": end.records[-1]["test_loss"],
+                "processor_seconds": seconds[name],
+            }
+            for name, end in ends.items()
+        ],
     }
     (asked.out / "agree.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(found, indent=1))
