@@ -1,4 +1,4 @@
-"""Every configuration under experiments/ is one that the program takes; the pages' commands name files that are there."""
+"""Every configuration under experiments/ is one that the program takes; its pages' commands name what is there."""
 
 from __future__ import annotations
 
