@@ -59,6 +59,7 @@ def _ended(run: Any) -> dict[str, Any]:
     return {
         "accuracy": last["accuracy"],
         "test_loss": last["test_loss"],
+        "clients_loss": run.records[-1]["loss"],
         "rounds": last["round"],
         "value_passes": last["value_passes"],
         "tangent_passes": last["tangent_passes"],
@@ -79,6 +80,7 @@ def results(found: Mapping[str, Seeds], held: Mapping[str, float]) -> list[dict[
             "accuracy": mean(one["accuracy"]),
             "each": ", ".join(f"{value:.4f}" for value in one["accuracy"]),
             "loss": mean(one["test_loss"]),
+            "clients": mean(one["clients_loss"]),
             "passes": mean(one["value_passes"]) + mean(one["tangent_passes"]) + mean(one["backward_passes"]),
             "up": mean(one["mb_up"]),
             "peak": mean(one["peak_mb"]),

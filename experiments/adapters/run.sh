@@ -17,6 +17,7 @@ adapters[vb_lora-16]='kind="vb_lora", vectors=16'
 adapters[fourierft-100]='kind="fourierft", n=100'
 name=$1 seed=$2 out=runs/adapters best=""
 shift 2
+mkdir -p "$out"
 accuracy() { python -c 'import sys; from pathlib import Path; from spryfl import report
 print(report.scored(report.read(Path(sys.argv[1])))[-1]["accuracy"])' "$1"; }
 tried=""

@@ -1,6 +1,6 @@
 """The squared norm of the true gradient against rounds, from runs with a probe: gradient.json and gradient.png.
 
-    python experiments/spry_figures/theory.py runs/probe/*-seed*     # the file, and the picture
+    python experiments/spry_figures/theory.py runs/probe/*-seed*     # their lines in the file anew, and the picture
     python experiments/spry_figures/theory.py                        # the picture alone
 
 The gradient is that of the probe rows' mean loss in all values that move, at the round's start (spryfl/probe.py). Reads
@@ -30,8 +30,21 @@ def main() -> None:
     path = HERE / "gradient.json"
     if folders := sys.argv[1:]:
         dealt = picture.by_partition(folders)
-        curves.write(path, [line(folder, alpha) for alpha, of in sorted(dealt.items()) for folder in of])
+        kept = {which(one): one for one in (curves.read(path) if path.is_file() else [])}
+        ended = [(path, alpha) for alpha, of in dealt.items() for path in of if complete(path)]
+        kept |= {which(one): one for one in (line(*run) for run in ended)}
+        curves.write(path, [kept[key] for key in sorted(kept, key=lambda key: (key[0] != "iid", key))])
     draw(curves.read(path))
+
+
+def complete(folder: Path) -> bool:
+    """Whether a run has all its rounds."""
+    return report.read(folder).facts["state"] == "complete"
+
+
+def which(one: dict[str, Any]) -> tuple[str, str, int]:
+    """What a line is known by."""
+    return one["alpha"], one["row"], one["seed"]
 
 
 def line(folder: Path, alpha: str) -> dict[str, Any]:
@@ -73,7 +86,7 @@ def draw(lines: list[dict[str, Any]]) -> None:
     axes.minorticks_off()
     axes.set_xlabel("round R")
     axes.set_ylabel("|g|² on the probe rows")
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside upper center", ncols=5, fontsize=8)
     figure.savefig(HERE / "gradient.png", dpi=130)
 
 
