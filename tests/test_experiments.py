@@ -30,7 +30,8 @@ def projected(monkeypatch):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(EXPERIMENTS)))
-def test_it_is_taken(path, projected):
+def test_it_is_taken(path, projected, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # where nobody has packed a model
     if path == EXPERIMENTS / "unequal" / "compare.toml":
         with pytest.raises(ValueError, match="Make one: spryfl pack"):  # its page packs the model first
             taken(path)
