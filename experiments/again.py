@@ -7,6 +7,7 @@
 A run folder is LABEL-seedSEED, as `spryfl compare` names it; a label or seed that the file does not have is left out,
 and said so. The difference is in points of accuracy, again less committed. On the processor that made a result it is
 zero; on another one sums end in other bits, and after many rounds some rows near the border fall to the other side.
+With --write a file's line keeps the runs that it knew before.
 Reads records alone; ends with 1 where no run has its place in the file.
 """
 
@@ -16,7 +17,6 @@ import argparse
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from statistics import mean, median
 from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
@@ -37,7 +37,12 @@ class Pair(NamedTuple):
 
     @property
     def points(self) -> float:
-        return 100 * (round(self.again, 4) - round(self.committed, 4))
+        return points(self.committed, self.again)
+
+
+def points(committed: float, again: float) -> float:
+    """Again less committed, in points of accuracy, both as the pages show them."""
+    return 100 * (round(again, 4) - round(committed, 4))
 
 
 def committed(where: str) -> Runs:
@@ -82,24 +87,33 @@ def pairs(known: Runs, folders: Iterable[str]) -> list[Pair]:
     return [Pair(*run, known[run], value) for run, value in made.items() if run in known]
 
 
-def line(where: str, found: list[Pair], folders: Iterable[str]) -> dict[str, Any]:
-    """What again.json says of a file."""
-    names = {f"{pair.label}-seed{pair.seed}" for pair in found}
-    facts = [curves.read(path / "run.json") for path in map(Path, folders) if path.name in names]
-    apart = [pair.points for pair in found]
+def line(where: str, found: list[Pair], folders: Iterable[str], before: dict[str, Any]) -> dict[str, Any]:
+    """What again.json says of a file: these runs, and those that it knew before."""
+    new = {f"{pair.label}-seed{pair.seed}": [pair.committed, pair.again] for pair in found}
+    each = {**before.get("each", {}), **new}
+    apart = [abs(points(*two)) for two in each.values()]
+    facts = [curves.read(path / "run.json") for path in map(Path, folders) if path.name in new]
+    hardware, commits = {", ".join(one["hardware"].values()) for one in facts}, {one["commit"] for one in facts}
     return {
         "file": where,
-        "runs": len(found),
+        "runs": len(each),
         "same": sum(value == 0 for value in apart),
-        "mean": mean(apart),
-        "median_apart": median(map(abs, apart)),
-        "largest": max(map(abs, apart)),
-        "which": ", ".join(f"{pair.label} {pair.seed}" for pair in found),
-        "each": {f"{pair.label}-seed{pair.seed}": [pair.committed, pair.again] for pair in found},
-        "hardware": sorted({", ".join(one["hardware"].values()) for one in facts}),
-        "commits": sorted({one["commit"] for one in facts}),
-        "date": max(one["started"] for one in facts)[:10],
+        "largest": max(apart),
+        "which": ", ".join(which(each)),
+        "each": each,
+        "hardware": sorted(hardware | set(before.get("hardware", []))),
+        "commits": sorted(commits | set(before.get("commits", []))),
+        "date": max(one["started"][:10] for one in facts),
     }
+
+
+def which(names: Iterable[str]) -> list[str]:
+    """LABEL-seedSEED, .. -> "LABEL SEED SEED", .."""
+    seeds: dict[str, list[str]] = {}
+    for name in names:
+        label, _, seed = name.rpartition("-seed")
+        seeds.setdefault(label, []).append(seed)
+    return [" ".join([label, *sorted(of)]) for label, of in seeds.items()]
 
 
 def main() -> int:
@@ -114,7 +128,8 @@ def main() -> int:
         print(f"{pair.label:22s} seed {pair.seed}  {pair.committed:.4f}  {pair.again:.4f}  {pair.points:+.2f}")
     if found and given.write:
         kept = curves.read(HERE / "again.json") if (HERE / "again.json").is_file() else []
-        kept = [one for one in kept if one["file"] != given.file] + [line(given.file, found, given.folders)]
+        before = next((one for one in kept if one["file"] == given.file), {})
+        kept = [one for one in kept if one is not before] + [line(given.file, found, given.folders, before)]
         curves.write(HERE / "again.json", sorted(kept, key=lambda one: one["file"]))
     return 0 if found else 1
 

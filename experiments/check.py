@@ -16,6 +16,7 @@ and a number in a sentence stands between two comments: FILE#PATH and a format, 
 
     <!--= experiments/a/table.json#methods.spry.mean.accuracy .2f -->0.75<!--/-->
     <!--= table.json#methods.a.mean.accuracy - table.json#methods.b.mean.accuracy * 100 +.1f -->+3.1<!--/-->
+    <!--= results.json#top2.accuracy .3f -->0.830<!--/-->       of a list the object whose "row" is top2, or a place
 
 Paths are beside the document. A table without such a comment is a mistake too. Needs Python alone; costs nothing.
 """
@@ -99,10 +100,17 @@ def _found(place: str, folder: Path) -> float:
     value: Any = _read(folder / file)
     for part in path.split("."):
         try:
-            value = value[int(part)] if isinstance(value, list) else value[part.replace("%20", " ")]
+            name = part.replace("%20", " ")
+            value = _row(value, name) if isinstance(value, list) else value[name]
         except (KeyError, IndexError, ValueError, TypeError):
             raise ValueError(f"{file} has no {path} (at {part!r})") from None
     return float(value)
+
+
+def _row(rows: Sequence[Any], part: str) -> Any:
+    """By its name, or its place."""
+    named = [one for one in rows if isinstance(one, dict) and one.get("row") == part]
+    return named[0] if named else rows[int(part)]
 
 
 def _read(path: Path) -> Any:

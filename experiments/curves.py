@@ -55,9 +55,10 @@ def table(folders: Iterable[str | Path]) -> dict[str, Seeds]:
 
 
 def _ended(run: Any) -> dict[str, Any]:
-    last = report.scored(run)[-1]
+    *before, last = report.scored(run)
     return {
         "accuracy": last["accuracy"],
+        "before": before[-1]["accuracy"] if before else last["accuracy"],  # at the evaluation before the last
         "test_loss": last["test_loss"],
         "clients_loss": run.records[-1]["loss"],
         "rounds": last["round"],
@@ -79,6 +80,7 @@ def results(found: Mapping[str, Seeds], held: Mapping[str, float]) -> list[dict[
             "seeds": ", ".join(str(int(seed)) for seed in one["seed"]),
             "accuracy": mean(one["accuracy"]),
             "each": ", ".join(f"{value:.4f}" for value in one["accuracy"]),
+            "before": ", ".join(f"{value:.3f}" for value in one.get("before", [])),
             "loss": mean(one["test_loss"]),
             "clients": mean(one["clients_loss"]),
             "passes": mean(one["value_passes"]) + mean(one["tangent_passes"]) + mean(one["backward_passes"]),

@@ -46,6 +46,7 @@ class TestCurves:
         assert lines[0]["accuracy"] == pytest.approx(0.78)
         assert lines[0]["passes"] == 8 + 16
         assert lines[0]["up"] == pytest.approx(0.04)
+        assert lines[0]["before"] == "0.315, 0.315"  # after the first of two rounds: 0.9 - 0.65 / (1 + 1 / 9)
 
     def test_as_a_program(self, runs, tmp_path):
         out = tmp_path / "results.json"
@@ -72,6 +73,12 @@ FORMS = {  # each kind of result file, with the same three runs
 }
 
 
+BEFORE = {  # what again.json may know of a file already
+    "file": "f.json", "runs": 99, "hardware": ["other"], "commits": ["b9"], "date": "2026-11-22",
+    "each": {"e-x-seed2": [0.53, 0.5], "a-seed0": [0.75, 0.1]},
+}  # fmt: skip
+
+
 class TestAgain:
     @pytest.mark.parametrize("form", FORMS)
     def test_every_form_of_a_result_file(self, form, scripts, tmp_path, monkeypatch):
@@ -95,7 +102,7 @@ class TestAgain:
         kept.mkdir()
         monkeypatch.setattr(again, "HERE", kept)
         (kept / "f.json").write_text(json.dumps(FORMS["lines"][:1]))
-        (kept / "again.json").write_text(json.dumps([{"file": "z.json"}, {"file": "f.json", "runs": 99}]))
+        (kept / "again.json").write_text(json.dumps([{"file": "z.json"}, BEFORE]))
         monkeypatch.setattr(sys, "argv", ["again.py", "--write", "f.json", *runs])
         assert again.main() == 0
         said = capsys.readouterr()
@@ -103,11 +110,12 @@ class TestAgain:
         assert "left out: b-x, seed 0" in said.err
         line, other = json.loads((kept / "again.json").read_text())
         assert other == {"file": "z.json"}
-        assert (line["file"], line["runs"], line["same"], line["date"]) == ("f.json", 2, 1, "2026-11-23")
-        assert (line["mean"], line["median_apart"], line["largest"]) == pytest.approx((0.5, 0.5, 1.0))
-        assert line["each"] == {"a-seed0": [0.75, 0.75], "a-seed1": [0.8, 0.81]}
-        assert line["hardware"] == ["m, d"]
-        assert line["commits"] == ["c0"]
+        assert (line["file"], line["runs"], line["same"], line["date"]) == ("f.json", 3, 1, "2026-11-23")
+        assert line["largest"] == pytest.approx(3.0)
+        assert line["which"] == "e-x 2, a 0 1"
+        assert line["each"] == {"e-x-seed2": [0.53, 0.5], "a-seed0": [0.75, 0.75], "a-seed1": [0.8, 0.81]}
+        assert line["hardware"] == ["m, d", "other"]
+        assert line["commits"] == ["b9", "c0"]
 
     def test_nothing_to_compare(self, scripts, runs, tmp_path, monkeypatch):
         again = scripts[1]

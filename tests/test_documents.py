@@ -117,6 +117,18 @@ def test_what_needs_no_file(document):
     assert check.check(document(f"```\n{EMPTY}```\n")) == []
 
 
+def test_a_number_in_a_sentence(document, tmp_path):
+    """By the row's name, by its place, a difference; a name that no row has is a mistake."""
+    (tmp_path / "list.json").write_text(json.dumps([{"row": "top 2", "x": 0.5}, {"row": "b", "x": 0.25}]))
+    page = document(
+        "<!--= list.json#top%202.x .2f -->?<!--/--> <!--= list.json#1.x - list.json#top%202.x * 100 +.1f -->?<!--/-->"
+    )
+    assert check.check(page, write=True) == []
+    assert "0.50" in page.read_text()
+    assert "-25.0" in page.read_text()
+    assert "has no c.x" in check.check(document("<!--= list.json#c.x .2f -->0.50<!--/-->"))[0].what
+
+
 def test_a_single_changed_digit_is_seen(tmp_path):
     """In a copy of the comparison on SST-2."""
     folder = ROOT / "experiments/compare_sst2"
