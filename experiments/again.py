@@ -91,14 +91,14 @@ def line(where: str, found: list[Pair], folders: Iterable[str], before: dict[str
     """What again.json says of a file: these runs, and those that it knew before."""
     new = {f"{pair.label}-seed{pair.seed}": [pair.committed, pair.again] for pair in found}
     each = {**before.get("each", {}), **new}
-    apart = [abs(points(*two)) for two in each.values()]
+    apart = {name: change for name, two in each.items() if (change := points(*two))}
     facts = [curves.read(path / "run.json") for path in map(Path, folders) if path.name in new]
     hardware, commits = {", ".join(one["hardware"].values()) for one in facts}, {one["commit"] for one in facts}
     return {
         "file": where,
         "runs": len(each),
-        "same": sum(value == 0 for value in apart),
-        "largest": max(apart),
+        "same": len(each) - len(apart),
+        "apart": ", ".join(f"{name.replace('-seed', ' ')} {change:+.2f}" for name, change in apart.items()),
         "which": ", ".join(which(each)),
         "each": each,
         "hardware": sorted(hardware | set(before.get("hardware", []))),

@@ -48,6 +48,14 @@ class TestCurves:
         assert lines[0]["up"] == pytest.approx(0.04)
         assert lines[0]["before"] == "0.315, 0.315"  # after the first of two rounds: 0.9 - 0.65 / (1 + 1 / 9)
 
+    @pytest.mark.parametrize("place", ["exact_top/table.json", "t1_sst2/table.json", "spry_figures/table.json#iid"])
+    def test_committed_tables_become_lines(self, place, scripts):
+        """So that a picture can be drawn again without run folders, from tables of any day."""
+        name, _, part = place.partition("#")
+        found = scripts[0].read(EXPERIMENTS / name)
+        found = found[part] if part else found
+        assert [line["row"] for line in scripts[0].results(found, {})] == list(found)
+
     def test_as_a_program(self, runs, tmp_path):
         out = tmp_path / "results.json"
         done = subprocess.run([sys.executable, str(EXPERIMENTS / "curves.py"), str(out), *runs], check=False)
@@ -111,7 +119,7 @@ class TestAgain:
         line, other = json.loads((kept / "again.json").read_text())
         assert other == {"file": "z.json"}
         assert (line["file"], line["runs"], line["same"], line["date"]) == ("f.json", 3, 1, "2026-11-23")
-        assert line["largest"] == pytest.approx(3.0)
+        assert line["apart"] == "e-x 2 -3.00, a 1 +1.00"
         assert line["which"] == "e-x 2, a 0 1"
         assert line["each"] == {"e-x-seed2": [0.53, 0.5], "a-seed0": [0.75, 0.75], "a-seed1": [0.8, 0.81]}
         assert line["hardware"] == ["m, d", "other"]
