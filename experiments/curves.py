@@ -1,6 +1,7 @@
 """What run folders reached, as result files; and accuracy against the memory of a step, as a picture.
 
     table      label -> what its complete runs ended with, by seed
+    merged     two tables as one
     results    a line a label: means, each seed's accuracy, passes, bytes, memory
     picture    a point a label, with the range over its seeds
 
@@ -51,6 +52,20 @@ def table(folders: Iterable[str | Path]) -> dict[str, Seeds]:
             label, _, seed = path.name.rpartition("-seed")
             for key, value in {"seed": int(seed), **_ended(run)}.items():
                 out.setdefault(label, {}).setdefault(key, []).append(value)
+    return out
+
+
+def merged(known: Mapping[str, Seeds], found: Mapping[str, Seeds]) -> dict[str, Seeds]:
+    """Both, a label's seeds in order. Of a seed of both, the found run; of numbers, those that all runs have."""
+    out = dict(known)
+    for label, one in found.items():
+        runs = {
+            int(seed): {key: of[i] for key, of in each.items()}
+            for each in (known.get(label, {"seed": []}), one)
+            for i, seed in enumerate(each["seed"])
+        }
+        ordered = [runs[seed] for seed in sorted(runs)]
+        out[label] = {key: [run[key] for run in ordered] for key in ordered[0] if all(key in run for run in ordered)}
     return out
 
 

@@ -48,6 +48,15 @@ class TestCurves:
         assert lines[0]["up"] == pytest.approx(0.04)
         assert lines[0]["before"] == "0.315, 0.315"  # after the first of two rounds: 0.9 - 0.65 / (1 + 1 / 9)
 
+    def test_a_table_keeps_what_it_knew(self, scripts, runs):
+        """So that a row, or a seed of one, can be run alone and later than the rest."""
+        known = {"a": {"seed": [1, 4], "accuracy": [0.1, 0.2], "of_old": [3, 4]}, "z": {"seed": [0], "accuracy": [0.7]}}
+        both = scripts[0].merged(known, scripts[0].table(runs))
+        assert list(both) == ["a", "z", "b-x"]
+        assert both["a"] == {"seed": [0, 1, 4], "accuracy": pytest.approx([0.75, 0.81, 0.2])}
+        assert both["z"] is known["z"]
+        assert both["b-x"]["seed"] == [0]
+
     @pytest.mark.parametrize("place", ["exact_top/table.json", "t1_sst2/table.json", "spry_figures/table.json#iid"])
     def test_committed_tables_become_lines(self, place, scripts):
         """So that a picture can be drawn again without run folders, from tables of any day."""

@@ -1,6 +1,6 @@
 """table.json and results.json from run folders, and the picture: accuracy on the test rows against what a step holds.
 
-python experiments/exact_top/picture.py runs/exact-top/*           # table.json, results.json, curve.png
+python experiments/exact_top/picture.py runs/exact-top/*           # into table.json; results.json, curve.png
 python experiments/exact_top/picture.py iid.json runs/iid/*        # a results file alone
 python experiments/exact_top/picture.py                            # results.json and the picture alone
 """
@@ -40,7 +40,8 @@ def main() -> None:
         curves.write(HERE / words[0], curves.results(curves.table(words[1:]), least))
         return
     if words:
-        curves.write(HERE / "table.json", curves.table(words))
+        known = curves.read(HERE / "table.json")
+        curves.write(HERE / "table.json", curves.merged(known, curves.table(words)))
     found = curves.read(HERE / "table.json")
     curves.write(HERE / "results.json", curves.results(found, least))
     head = curves.read(HERE.parent / "t1_sst2" / "head.json")["chosen"]["test"]

@@ -1,6 +1,6 @@
 """A result file a figure from run folders, and the picture: accuracy on the test rows against what the law promises.
 
-python experiments/spry_figures/picture.py runs/fig/* runs/fig-0.1/*     # table.json, a file a figure, picture.png
+python experiments/spry_figures/picture.py runs/fig/* runs/fig-0.1/*     # into table.json; a file a figure, picture.png
 python experiments/spry_figures/picture.py                               # files and picture from table.json
 
 A run on clients of unequal classes is told by its configuration and stands in a file of its own, dirichlet.json.
@@ -22,6 +22,7 @@ from curves import plt  # noqa: E402
 DRAWN = {  # label -> (clients a round M, directions K)
     "k1": (10, 1),
     "k10": (10, 10),
+    "k20": (10, 20),
     "k50": (10, 50),
     "k100": (10, 100),
     "m50_k1": (50, 1),
@@ -56,7 +57,9 @@ FIGURES = {
 def main() -> None:
     """The files and the picture."""
     if folders := sys.argv[1:]:
-        dealt = {alpha: curves.table(of) for alpha, of in by_partition(folders).items()}
+        dealt = curves.read(HERE / "table.json")
+        for alpha, of in by_partition(folders).items():
+            dealt[alpha] = curves.merged(dealt.get(alpha, {}), curves.table(of))
         curves.write(HERE / "table.json", dealt)
     dealt = curves.read(HERE / "table.json")
     found = dealt["iid"]

@@ -1,6 +1,6 @@
-"""table.json from run folders; results.json and the picture: accuracy on the test rows against what a step holds.
+"""Run folders into table.json; results.json and the picture: accuracy on the test rows against what a step holds.
 
-python experiments/t1_sst2/picture.py runs/t1-dirichlet/*          # table.json, then curve.png from it and memory.json
+python experiments/t1_sst2/picture.py runs/t1-dirichlet/*          # into table.json; results.json, curve.png
 python experiments/t1_sst2/picture.py iid.json runs/t1-iid/*       # that file alone
 python experiments/t1_sst2/picture.py                              # the picture alone
 """
@@ -38,7 +38,8 @@ def main() -> None:
         curves.write(HERE / words[0], curves.results(curves.table(words[1:]), {}))
         return
     if words:
-        curves.write(HERE / "table.json", curves.table(words))
+        known = curves.read(HERE / "table.json")
+        curves.write(HERE / "table.json", curves.merged(known, curves.table(words)))
     found, memory, head = (curves.read(HERE / name) for name in ("table.json", "memory.json", "head.json"))
     held = {label: memory[place]["measured_mb"] for label, place in MEMORY.items()}
     curves.write(HERE / "results.json", curves.results(found, held))
