@@ -35,10 +35,6 @@ class Pair(NamedTuple):
     committed: float
     again: float
 
-    @property
-    def points(self) -> float:
-        return points(self.committed, self.again)
-
 
 def points(committed: float, again: float) -> float:
     """Again less committed, in points of accuracy, both as the pages show them."""
@@ -125,7 +121,8 @@ def main() -> int:
     given = ask.parse_args()
     found = pairs(committed(given.file), given.folders)
     for pair in found:
-        print(f"{pair.label:22s} seed {pair.seed}  {pair.committed:.4f}  {pair.again:.4f}  {pair.points:+.2f}")
+        change = points(pair.committed, pair.again)
+        print(f"{pair.label:22s} seed {pair.seed}  {pair.committed:.4f}  {pair.again:.4f}  {change:+.2f}")
     if found and given.write:
         kept = curves.read(HERE / "again.json") if (HERE / "again.json").is_file() else []
         before = next((one for one in kept if one["file"] == given.file), {})
