@@ -53,7 +53,7 @@ def committed(where: str) -> Runs:
 
 
 def _listed(rows: Iterable[dict[str, Any]], part: str) -> Runs:
-    """Of `curves.results`, or of experiments/tasks, whose part is the data's name."""
+    """Of `curves.results`, or of experiments/tasks (what has an accuracy there), whose part is the data's name."""
     out = {}
     for row in rows:
         if "each" in row:
@@ -62,7 +62,8 @@ def _listed(rows: Iterable[dict[str, Any]], part: str) -> Runs:
                 for seed, value in zip(row["seeds"].split(","), row["each"].split(","), strict=True)
             }
         elif row["data"] == part:
-            out[row["row"], row["seed"]] = float(row["after"].split()[1].rstrip(","))
+            scores = dict(one.split() for one in row["after"].split(", "))
+            out[row["row"], row["seed"]] = float(scores["accuracy"])
     return out
 
 

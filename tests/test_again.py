@@ -109,7 +109,8 @@ class TestAgain:
         monkeypatch.setattr(again, "HERE", tmp_path)
         (tmp_path / "f.json").write_text(json.dumps({"iid": FORMS["table"], "0.1": {}}))
         assert again.committed("f.json#iid")["a", 1] == 0.8
-        rows = [{"data": d, "row": "a", "seed": 3, "after": f"f1 {v}, other 0.1"} for d, v in (("x", 0.25), ("y", 0.5))]
+        after = {"x": "f1a 0.1, accuracy 0.25", "y": "f1a 0.1, accuracy 0.5"}
+        rows = [{"data": data, "row": "a", "seed": 3, "after": said} for data, said in after.items()]
         (tmp_path / "f.json").write_text(json.dumps(rows))
         assert again.committed("f.json#y") == {("a", 3): 0.5}
 
