@@ -30,6 +30,7 @@ DRAWN = {  # label -> (clients a round M, directions K)
     "m100_k1": (100, 1),
     "m100_k10": (100, 10),
 }
+BESIDE = {10: (6, -12), 50: (-34, 4), 100: (-4, -17)}  # M -> where a point's K stands, in points
 VALUES = {  # label -> values of its adapter
     "xs4_k100": 384,
     "xs8_k100": 1536,
@@ -120,9 +121,10 @@ def picture(found: dict[str, curves.Seeds], path: Path) -> None:
             axes.annotate(
                 f"K = {DRAWN[label][1]}",
                 (at, value),
-                (6, -12 if clients == 10 else 6),
+                BESIDE[clients],
                 textcoords="offset points",
                 fontsize=8,
+                color=color,
             )
     for label, said in {"backprop": "backprop, M = 10", "head": "head alone, M = 10"}.items():
         level = mean(found[label]["accuracy"])
